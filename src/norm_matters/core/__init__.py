@@ -1,0 +1,1 @@
+"""The parts every room uses: configuration, errors, registries, the clock, seeding."""
