@@ -1,0 +1,374 @@
+"""The commands: each reads its arguments, asks one function of the package, and prints the answer. No logic is here.
+
+Only typer is imported at the top: `--help` answers without torch, and each command imports what it needs.
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from norm_matters.core.errors import UserError, nearest
+from norm_matters.progress import ConsoleProgress, printable
+
+if TYPE_CHECKING:
+    from norm_matters.inference import Prediction
+
+INTERNAL_ERROR = 1
+WRONG_INPUT = UserError.exit_status
+INTERRUPTED = 130
+
+Text = Annotated[str | None, typer.Option()]
+# Numbers are taken as text, so that a wrong one is told together with all other mistakes.
+Number = Annotated[str | None, typer.Option(metavar="N")]
+DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="where datasets lie")]
+AnyDevice = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Target = Annotated[
+    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="a run's folder (its best checkpoint counts) or a checkpoint's")
+]
+
+_NUMBERS = {"epochs", "batch_size", "lr", "seed"}
+_KINDS = ("models", "norms", "datasets", "regimes", "transforms")
+
+# Help without rich: its import alone takes longer than everything else that `--help` does.
+app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status: 0 done, 1 internal, 130 interrupted, else that of the error's kind.
+
+    Args:
+        argv: the arguments without the program's name; the process's own by default.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = typer.main.get_command(app).main(
+            _with_value_for_pretrained(arguments),
+            prog_name="norm-matters",
+            standalone_mode=False,
+            obj=["norm-matters", *arguments],
+        )
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(error.problems, error.exit_status)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has had enough; Python must not complain when it flushes the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERNAL_ERROR
+    except Exception as error:
+        # Wrong arguments, in typer's words; the class of these errors has no public name.
+        if not hasattr(error, "format_message"):
+            traceback.print_exc()
+            return INTERNAL_ERROR
+        return _fail([error.format_message()], WRONG_INPUT)  # pyright: ignore[reportAttributeAccessIssue]
+    if status == INTERRUPTED:
+        return _fail(["interrupted"], INTERRUPTED)
+    return status or 0
+
+
+@app.callback()
+def about(context: typer.Context) -> None:
+    """Train convolutional networks with the normalisation you choose, and know what it did."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any setting, such as train.clip_norm=1")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="settings; the config.yaml of a run is one")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="see `list models`; also timm:NAME, torchvision:NAME, FILE.py")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="such as l1, linf, topk:k=10; see `list norms`")] = None,
+    weight_norm: Text = None,
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="[FILE]", help="start from a .safetensors file, or the library's own weights")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="see `list datasets`; also imagefolder:DIR, parquet:PATH")] = None,
+    data_dir: DataDir = None,
+    download: Annotated[bool, typer.Option("--download", help="fetch the dataset if it is missing")] = False,
+    epochs: Number = None,
+    batch_size: Number = None,
+    lr: Annotated[str | None, typer.Option(metavar="N", help="learning rate of the regime, at its highest")] = None,
+    seed: Number = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, amp-bf16, amp-fp16 or fp16")] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="where run folders lie; runs by default")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the run's folder")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="continue this run")] = None,
+    extend: Annotated[bool, typer.Option("--extend", help="with --resume: plan for another number of epochs")] = False,
+) -> None:
+    """Train a network and record the run. With no option: scikit-learn's digits."""
+    if resume and config:
+        raise UserError(f"--config '{config}': a resumed run has its own settings; leave --config out")
+    if extend and not resume:
+        raise UserError("--extend: it needs --resume RUN, the run to extend")
+    from norm_matters import run
+    from norm_matters.core.config import load_config
+
+    options, overrides, command = _common_options(context.params), overrides or [], context.obj
+    with ConsoleProgress() as progress:
+        if resume:
+            result = run.resume(
+                resume, options=options, overrides=overrides, extend=extend, command=command, on_progress=progress
+            )
+        else:
+            result = run.train(
+                load_config(config, options, overrides, run.CHECKS), command=command, on_progress=progress
+            )
+    _say(f"accuracy {100 - result.last['val_error1']:.2f}% after epoch {result.last['epoch']}")
+    _say(f"report {result.report}")
+
+
+@app.command("eval")
+def evaluate(
+    target: Target,
+    data_dir: DataDir = None,
+    device: AnyDevice = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
+    workers: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score a trained network on the images that its run held back."""
+    from norm_matters import inference
+
+    scores = inference.evaluate(
+        target, data_dir=data_dir, device=_checked_device(device), batch_size=batch_size, workers=workers
+    )
+    if as_json:
+        # JSON knows no NaN.
+        print(json.dumps({key: value if _is_json(value) else None for key, value in scores.items()}))
+        return
+    error5 = "" if scores["error5"] is None else f", error@5 {scores['error5']:.2f}%"
+    _say(
+        f"{scores['dataset']} ({scores['split']}, {scores['images']} images): "
+        f"loss {scores['loss']:.4f}, error@1 {scores['error1']:.2f}%{error5}"
+    )
+    _say(f"checkpoint {scores['checkpoint']}")
+
+
+@app.command()
+def predict(
+    target: Target,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="files and folders; - reads their paths from standard input")
+    ],
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="classes per image")] = 5,
+    device: AnyDevice = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N")] = 64,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print CSV: a row for each class of each image")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Name the likeliest classes of images. Images that cannot be read are named and skipped."""
+    if as_csv and as_json:
+        raise UserError("--csv, --json: choose one")
+    paths = [Path(path) for image in images for path in (_paths_from_stdin() if image == "-" else [image])]
+    if not paths:
+        raise UserError("-: standard input names no image")
+    from norm_matters import inference
+
+    predictions = inference.predict(target, paths, top=top, device=_checked_device(device), batch_size=batch_size)
+    count = Counter[str]()
+    show = _show_csv if as_csv else _show_json if as_json else _show_lines
+    show(_without_broken(predictions, count))
+    if count["broken"]:
+        print(f"skipped {count['broken']} of {count.total()} images", file=sys.stderr)
+    if not count["shown"]:
+        raise UserError("none of the images can be read")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
+    """Write the report.html of a run anew."""
+    from norm_matters.report import write_report
+
+    _say(f"report {write_report(run)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs")],
+    output: Annotated[Path, typer.Option(metavar="FILE.html", help="the page to write")] = Path("comparison.html"),
+) -> None:
+    """Compare runs in a table of their last epochs and a page with their curves.
+
+    Runs that differ in the seed only are counted together: their mean and spread are shown.
+    """
+    from norm_matters.report import compare as compare_runs
+
+    comparison = compare_runs(runs, output)
+    metrics = {"val_error1": "val error@1 (%)", "val_loss": "val loss", "train_error1": "train error@1 (%)"}
+    lines = [["run", "n", "epoch", *metrics.values()]]
+    for row in comparison.table.to_dict("records"):
+        numbers = [_mean_and_deviation(row[metric], row[f"{metric}_std"]) for metric in metrics]
+        lines.append([str(row["run"]), str(row["n"]), str(row["epoch"]), *numbers])
+    _say_columns(lines)
+    _say(f"page {comparison.page}")
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str, typer.Argument(metavar="|".join(_KINDS), autocompletion=lambda: list(_KINDS))],
+    pattern: Annotated[
+        str, typer.Option("--filter", metavar="PATTERN", help="part of a name, or with * as in 'timm:resnet*'")
+    ] = "",
+) -> None:
+    """List the names there are of a kind. For regimes: the learning rate over the epochs."""
+    if kind not in _KINDS:
+        raise UserError(f"unknown kind '{kind}'{nearest(kind, _KINDS)}; there are: {', '.join(_KINDS)}")
+    glob = pattern if "*" in pattern else f"*{pattern}*"
+    found = {name: summary for name, summary in _summaries(kind, pattern) if fnmatch(name, glob)}
+    if not found:
+        raise UserError(f"--filter '{pattern}': there are no such {kind}")
+    if kind != "regimes":
+        _say_columns([[name, summary] for name, summary in found.items()])
+        return
+    from norm_matters.regimes import plot_lr
+
+    for name in found:
+        print(f"{plot_lr(name)}\n")
+
+
+def _with_value_for_pretrained(arguments: Sequence[str]) -> list[str]:
+    """Write a `--pretrained` without a file as `--pretrained=true`: typer's options take a value always or never.
+
+    What follows it is its file, unless that is another option or a `KEY=VALUE`.
+    """
+    following = [*arguments[1:], "-"]
+    return [
+        f"{argument}=true" if argument == "--pretrained" and (after.startswith("-") or "=" in after) else argument
+        for argument, after in zip(arguments, following, strict=False)
+    ]
+
+
+def _common_options(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value for the options given, of those that stand for a setting."""
+    from norm_matters.core.config import OPTION_KEYS
+
+    options: dict[str, Any] = {}
+    for option, key in OPTION_KEYS.items():
+        value = parameters[option]
+        if value is None or value is False:
+            continue
+        if option in _NUMBERS:
+            value = _number(value)
+        elif option == "pretrained":
+            value = {"true": True, "false": False}.get(value, value)
+        options[key] = value
+    return options
+
+
+def _number(text: str) -> int | float | str:
+    """The number, or the text as it is: the config says what is wrong with it."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _checked_device(device: str) -> str:
+    """The device; UserError unless it is one, and this machine has it."""
+    from norm_matters.core.config import load_config
+    from norm_matters.run import CHECKS
+
+    return load_config(options={"device": device}, checks={"device": CHECKS["device"]}).device
+
+
+def _paths_from_stdin() -> list[str]:
+    return [line for line in sys.stdin.read().splitlines() if line]
+
+
+def _without_broken(predictions: "Iterable[Prediction]", count: Counter[str]) -> "Iterator[Prediction]":
+    """The predictions of readable images; the others are named on stderr. Counts the `shown` and the `broken`."""
+    for prediction in predictions:
+        if prediction.error is None:
+            count["shown"] += 1
+            yield prediction
+        else:
+            count["broken"] += 1
+            print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
+
+
+def _show_lines(predictions: "Iterable[Prediction]") -> None:
+    for prediction in predictions:
+        likeliest = zip(prediction.classes, prediction.probabilities, strict=True)
+        _say(f"{prediction.path}: {', '.join(f'{name} {100 * share:.1f}%' for name, share in likeliest)}")
+
+
+def _show_csv(predictions: "Iterable[Prediction]") -> None:
+    """Print a row per image and class, the likeliest first."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["path", "rank", "class", "probability"])
+    for prediction in predictions:
+        likeliest = zip(prediction.classes, prediction.probabilities, strict=True)
+        writer.writerows([prediction.path, rank, *pair] for rank, pair in enumerate(likeliest, 1))
+
+
+def _show_json(predictions: "Iterable[Prediction]") -> None:
+    """Print one list of all images."""
+    found = [{"path": p.path, "classes": p.classes, "probabilities": p.probabilities} for p in predictions]
+    print(json.dumps(found, indent=1))
+
+
+def _summaries(kind: str, pattern: str) -> Iterator[tuple[str, str]]:
+    """Names and summaries of a kind; a library's models when the pattern begins with the library."""
+    if kind == "models" and pattern.startswith(("timm:", "torchvision:")):
+        from norm_matters.models import library_models
+
+        library = pattern.partition(":")[0]
+        yield from ((name, "") for name in library_models(library))
+        return
+    registry = getattr(import_module(f"norm_matters.{kind}"), kind.upper())
+    yield from ((name, registry.summary(name)) for name in registry.names())
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _mean_and_deviation(mean: float, deviation: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.4g}" if math.isnan(deviation) else f"{mean:.4g} ± {deviation:.2g}"
+
+
+def _say_columns(lines: Sequence[Sequence[str]]) -> None:
+    """Print a table, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        _say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _say(text: str) -> None:
+    print(printable(text))
+
+
+def _fail(problems: Iterable[str], status: int) -> int:
+    for problem in problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    return status

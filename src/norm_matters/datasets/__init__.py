@@ -1,0 +1,73 @@
+"""Where images come from, and how they reach the network in batches.
+
+A new source is one file with an `ENTRY` and one `register` line here. Importing this package imports no torch;
+its names are loaded at first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from norm_matters.core.errors import UserError
+from norm_matters.core.registry import Registry
+
+if TYPE_CHECKING:
+    from norm_matters.datasets.entry import Dataset, DatasetEntry, load_dataset
+    from norm_matters.datasets.images import EncodedImages, ResidentImages, decode_image
+    from norm_matters.datasets.loader import Batch, Loader
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "Dataset",
+    "DatasetEntry",
+    "EncodedImages",
+    "Loader",
+    "ResidentImages",
+    "check_dataset",
+    "decode_image",
+    "load_dataset",
+]
+
+DATASETS: Registry["DatasetEntry"] = Registry("dataset")
+for _name, _module, _summary in (
+    ("digits", "digits", "scikit-learn's 1,797 handwritten digits, 8x8 gray, 10 classes; no download"),
+    ("fashion-mnist", "idx", "70,000 pieces of clothing, 28x28 gray, 10 classes"),
+    ("mnist", "idx", "70,000 handwritten digits, 28x28 gray, 10 classes"),
+    ("kmnist", "idx", "70,000 cursive Japanese characters, 28x28 gray, 10 classes"),
+    ("cifar10", "cifar", "60,000 photographs, 32x32 RGB, 10 classes"),
+    ("cifar100", "cifar", "60,000 photographs, 32x32 RGB, 100 classes"),
+    ("svhn", "svhn", "99,289 house numbers, 32x32 RGB, 10 classes"),
+    ("stl10", "stl10", "13,000 photographs, 96x96 RGB, 10 classes"),
+    ("imagenet", "folder", "ILSVRC 2012 as train/ and val/ class folders (get it yourself), 1,000 classes"),
+    ("imagefolder", "folder", "imagefolder:DIR, your images: DIR/train/CLASS/* and DIR/val/CLASS/*, or DIR/CLASS/*"),
+    ("parquet", "parquet", "parquet:DIR_OR_FILE, Hugging Face image layout: train*.parquet and test*|validation*"),
+    ("random", "noise", "generated noise, 32x32 RGB, 10 classes; for benchmarks"),
+):
+    _attribute = f"{_name.upper().replace('-', '_')}"
+    DATASETS.register(_name, f"{__name__}.{_module}:{_attribute}", summary=_summary)
+
+# The sources whose name goes on after a colon, and what stands there.
+ARGUMENTS = {"imagefolder": "DIR", "parquet": "DIR_OR_FILE"}
+
+_MODULES = {
+    "entry": ("Dataset", "DatasetEntry", "load_dataset"),
+    "images": ("EncodedImages", "ResidentImages", "decode_image"),
+    "loader": ("Batch", "Loader"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def check_dataset(name: str) -> None:
+    """Raise UserError unless `name` is a dataset (with what it needs after a colon); opens no file."""
+    kind, colon, argument = name.partition(":")
+    DATASETS.check(kind)
+    if kind in ARGUMENTS and not argument:
+        raise UserError(f"dataset '{name}' needs a place: {kind}:{ARGUMENTS[kind]}")
+    if kind not in ARGUMENTS and colon:
+        raise UserError(f"dataset '{name}': '{kind}' takes nothing after a colon; did you mean '{kind}'?")

@@ -1,0 +1,38 @@
+"""scikit-learn's handwritten digits: 1,797 gray images of 8x8 pixels, part of its package."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from norm_matters.datasets.entry import DatasetEntry, Source, stratified_split
+from norm_matters.datasets.images import ResidentImages
+
+if TYPE_CHECKING:
+    from norm_matters.core.config import DataConfig
+
+TEST_SHARE = 0.2
+# The test images are the same for every run.
+SPLIT_SEED = 0
+
+
+def read_digits(data: "DataConfig", argument: str) -> Source:
+    """The digits, a stratified fifth of them as test images. Source: sklearn.datasets.load_digits."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    # Ink from 0 to 16 becomes bytes.
+    pixels = np.rint(np.asarray(pixels).reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = ResidentImages(torch.from_numpy(pixels), np.asarray(labels), title="digits")
+    train, test = stratified_split(images.labels, TEST_SHARE, SPLIT_SEED)
+    return Source(
+        train=images.subset(train),
+        val=images.subset(test),
+        classes=tuple(map(str, range(10))),
+        flip=False,
+        pad=1,
+        epochs=20,
+    )
+
+
+DIGITS = DatasetEntry(read_digits)

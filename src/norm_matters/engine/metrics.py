@@ -1,0 +1,57 @@
+"""Loss and errors over many batches, summed exactly and read once."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MIN_CLASSES_FOR_TOP5 = 6
+
+
+class Scores(NamedTuple):
+    """Means over all images seen: loss in nats, errors in percent; `error5` is None below six classes."""
+
+    loss: float
+    error1: float
+    error5: float | None
+    images: int
+
+
+class Meter:
+    """Sums loss and hits on the device, so that a batch costs no synchronisation.
+
+    Args:
+        device: where the sums live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Float64 keeps counts and sums exact; MPS has none, and float32 counts exactly up to 16.7 million images.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(3, dtype=dtype, device=device)
+        self._images = 0
+        self._classes = 0
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            loss: scalar, the mean over the batch.
+            logits: (N, classes).
+            labels: (N,) int64.
+        """
+        with torch.no_grad():
+            self._classes = logits.shape[1]
+            best = logits.topk(min(5, self._classes), dim=1).indices
+            hits = best == labels[:, None]
+            batch = torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum()])
+            self._sums += batch.to(self._sums.dtype)
+            self._images += len(labels)
+
+    def scores(self) -> Scores:
+        """Read the means; this waits for the device."""
+        if not self._images:
+            return Scores(float("nan"), float("nan"), None, 0)
+        loss, hits1, hits5 = self._sums.tolist()
+        n = self._images
+        error5 = 100 * (n - hits5) / n if self._classes >= MIN_CLASSES_FOR_TOP5 else None
+        return Scores(loss / n, 100 * (n - hits1) / n, error5, n)

@@ -1,0 +1,227 @@
+"""Using a trained network: load it, score it, let it name the classes of images."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from norm_matters.core.config import RunConfig
+from norm_matters.core.errors import UserError
+from norm_matters.datasets import Loader, decode_image, load_dataset
+from norm_matters.datasets.folder import ENDINGS
+from norm_matters.engine.evaluate import evaluate as score
+from norm_matters.engine.precision import PRECISIONS
+from norm_matters.engine.state import load_weights
+from norm_matters.models import build_model
+from norm_matters.record import find_checkpoint, load_checkpoint, read_table
+from norm_matters.run import resolve_device
+from norm_matters.transforms.batch import normalise
+from norm_matters.transforms.image import evaluation_pixels
+from norm_matters.transforms.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained network with what is needed to use it.
+
+    Attributes:
+        model: in evaluation mode, on the device asked for, in the precision it was trained in.
+        classes: names, in the order of the network's outputs.
+        transform: PIL image -> float32 tensor (C, H, W) as the network expects it.
+        results: the rows of results.csv ([] for a checkpoint folder on its own).
+        config: the run's settings.
+        checkpoint: the folder the weights came from.
+        state: the checkpoint's state.json.
+    """
+
+    model: nn.Module
+    classes: list[str]
+    transform: Callable[[Image.Image], Tensor]
+    results: list[dict[str, Any]]
+    config: RunConfig
+    checkpoint: Path
+    state: dict[str, Any]
+    device: torch.device
+    preprocessing: Preprocessing
+    own_transform: Callable[[Image.Image], Tensor] | None
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Scores of images (N, C, H, W) as `transform` gives them: float32 (N, classes)."""
+        precision = PRECISIONS[self.config.train.precision]
+        dtype = next((p.dtype for p in self.model.parameters() if p.ndim > 1), torch.float32)
+        with torch.no_grad(), precision.context(self.device):
+            return self.model(images.to(self.device, dtype)).float()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first; or why it could not be read."""
+
+    path: str
+    classes: list[str]
+    probabilities: list[float]
+    error: str | None = None
+
+
+def load_run(target: Path | str, *, device: str = "auto") -> LoadedRun:
+    """Load the network of a run (its best checkpoint) or of one checkpoint folder.
+
+    Raises:
+        UserError: neither a run nor a checkpoint, or a damaged one.
+    """
+    folder = find_checkpoint(Path(target), prefer="best")
+    checkpoint = load_checkpoint(folder)
+    state = checkpoint.state
+    config = RunConfig.model_validate(state["config"])
+    preprocessing = Preprocessing.from_json(state["preprocessing"])
+    _check_model_file(state["model_source"])
+    built = build_model(
+        config.model.model_copy(update={"pretrained": False}),
+        num_classes=len(state["classes"]),
+        in_channels=preprocessing.channels,
+        input_size=preprocessing.input_size,
+    )
+    load_weights(built.module, checkpoint.model)
+    PRECISIONS[config.train.precision].convert(built.module)
+    where = resolve_device(device)
+    built.module.to(device=where, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    table = folder.parent.parent / "results.csv"
+    own = (built.input_transform or {}).get("eval")
+
+    def transform(image: Image.Image) -> Tensor:
+        if own is not None:
+            return own(image)
+        pixels = evaluation_pixels(image, preprocessing)
+        return normalise(pixels[None], preprocessing, torch.contiguous_format)[0]
+
+    return LoadedRun(
+        model=built.module,
+        classes=list(state["classes"]),
+        transform=transform,
+        results=read_table(table) if table.is_file() else [],
+        config=config,
+        checkpoint=folder,
+        state=state,
+        device=where,
+        preprocessing=preprocessing,
+        own_transform=own,
+    )
+
+
+def evaluate(
+    target: Path | str,
+    *,
+    data_dir: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Score a run's best checkpoint, or a checkpoint, on the images its training reported as `val`.
+
+    Returns:
+        loss, error1, error5 (percent; None below six classes), images, dataset, split, checkpoint, epoch.
+    """
+    run = load_run(target, device=device)
+    data = run.config.data.model_copy(update={"dir": data_dir} if data_dir else {})
+    dataset = load_dataset(data, seed=run.config.seed)
+    if list(dataset.classes) != run.classes:
+        raise UserError(f"the classes of '{data.name}' are not those the network was trained on")
+    loader = Loader(
+        dataset.val,
+        run.preprocessing,
+        batch_size=batch_size or data.batch_size,
+        train=False,
+        seed=run.config.seed,
+        workers=workers,
+        device=run.device,
+        transform=run.own_transform,
+    )
+    dtype = next((p.dtype for p in run.model.parameters() if p.ndim > 1), torch.float32)
+    scores = score(
+        run.model,
+        loader.epoch(0),
+        device=run.device,
+        precision=PRECISIONS[run.config.train.precision],
+        input_dtype=dtype,
+    )
+    return {
+        "loss": scores.loss,
+        "error1": scores.error1,
+        "error5": scores.error5,
+        "images": scores.images,
+        "dataset": data.name,
+        "split": dataset.val_name,
+        "epoch": run.state["epoch"],
+        "checkpoint": str(run.checkpoint),
+    }
+
+
+def predict(
+    target: Path | str, images: Sequence[Path], *, top: int = 5, device: str = "auto", batch_size: int = 64
+) -> Iterator[Prediction]:
+    """Name the likeliest classes of images; an image that cannot be read gives a Prediction with `error` set.
+
+    Args:
+        images: files, or folders searched for image files at any depth.
+        top: how many classes per image.
+
+    Raises:
+        UserError: a path that does not exist, or a folder without images; found before the first prediction.
+    """
+    run = load_run(target, device=device)
+    return _predict_files(run, expand_images(images), top=min(top, len(run.classes)), batch_size=batch_size)
+
+
+def expand_images(paths: Sequence[Path]) -> list[Path]:
+    """Replace folders by the image files in them, sorted; UserError for what does not exist or holds no image."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+            if not found:
+                raise UserError(f"'{path}' holds no images ({', '.join(ENDINGS)})")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"'{path}' does not exist")
+    return files
+
+
+def _check_model_file(source: dict[str, str] | None) -> None:
+    """Refuse to run a user's model file that is not the one the network was trained with."""
+    if source is None:
+        return
+    path = Path(source["path"])
+    if not path.is_file():
+        raise UserError(f"the network was defined in '{path}', which does not exist any more")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != source["sha256"]:
+        raise UserError(f"the network was defined in '{path}', which has changed since")
+
+
+def _predict_files(run: LoadedRun, files: Sequence[Path], *, top: int, batch_size: int) -> Iterator[Prediction]:
+    for start in range(0, len(files), batch_size):
+        group = files[start : start + batch_size]
+        tensors: dict[Path, Tensor] = {}
+        errors: dict[Path, str] = {}
+        for path in group:
+            try:
+                tensors[path] = run.transform(decode_image(path, run.preprocessing.channels))
+            except UserError as error:
+                errors[path] = str(error)
+        likeliest: dict[Path, tuple[list[float], list[int]]] = {}
+        if tensors:
+            values, indices = run.logits(torch.stack(list(tensors.values()))).softmax(1).topk(top)
+            for path, probabilities, classes in zip(tensors, values.tolist(), indices.tolist(), strict=True):
+                likeliest[path] = (probabilities, classes)
+        for path in group:
+            if path in errors:
+                yield Prediction(str(path), [], [], errors[path])
+            else:
+                probabilities, classes = likeliest[path]
+                yield Prediction(str(path), [run.classes[i] for i in classes], probabilities)

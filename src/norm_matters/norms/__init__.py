@@ -1,0 +1,66 @@
+"""Normalisation layers: one contract (base.py), one file per norm, and the text that names them (spec.py).
+
+Importing this package imports no torch; the exported names are loaded on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from norm_matters.core.registry import Registry
+
+if TYPE_CHECKING:
+    from norm_matters.norms.base import Norm
+    from norm_matters.norms.build import NormFactory, canonical_spec, check_spec, create_norm, norm_factory
+    from norm_matters.norms.convert import ConversionReport, convert_norm
+    from norm_matters.norms.query import has_spec, is_norm, name_norms, norms_of, spec_of
+
+NORMS: "Registry[type[Norm]]" = Registry("norm")
+NORMS.register("l2", "norm_matters.norms.l2:L2Norm", summary="batch norm by the standard deviation (nn.BatchNorm2d)")
+NORMS.register("l1", "norm_matters.norms.l1:L1Norm", summary="batch norm by the mean absolute deviation")
+NORMS.register("linf", "norm_matters.norms.linf:LinfNorm", summary="batch norm by the largest deviation")
+NORMS.register("topk", "norm_matters.norms.topk:TopKNorm", summary="batch norm by the mean of the k largest deviations")
+NORMS.register("lp", "norm_matters.norms.lp:LpNorm", summary="batch norm by the p-norm of the deviations")
+NORMS.register("mean", "norm_matters.norms.mean:MeanNorm", summary="subtracts the batch mean only; adds a bias")
+NORMS.register("none", "norm_matters.norms.none:NoNorm", summary="no normalisation: the identity")
+NORMS.register("group", "norm_matters.norms.group:GroupNorm", summary="per image, over groups of channels")
+NORMS.register("layer", "norm_matters.norms.group:LayerNorm", summary="per image, over all channels and positions")
+NORMS.register("instance", "norm_matters.norms.group:InstanceNorm", summary="per image and channel")
+
+_EXPORTS = {
+    "Norm": "base",
+    "NormFactory": "build",
+    "canonical_spec": "build",
+    "check_spec": "build",
+    "create_norm": "build",
+    "norm_factory": "build",
+    "ConversionReport": "convert",
+    "convert_norm": "convert",
+    "has_spec": "query",
+    "is_norm": "query",
+    "name_norms": "query",
+    "norms_of": "query",
+    "spec_of": "query",
+}
+
+__all__ = [
+    "NORMS",
+    "ConversionReport",
+    "Norm",
+    "NormFactory",
+    "canonical_spec",
+    "check_spec",
+    "convert_norm",
+    "create_norm",
+    "has_spec",
+    "is_norm",
+    "name_norms",
+    "norm_factory",
+    "norms_of",
+    "spec_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

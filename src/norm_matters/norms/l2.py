@@ -1,0 +1,48 @@
+"""L2 batch norm: `nn.BatchNorm2d` under the contract of base.py."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from norm_matters.norms.base import BatchwiseNorm
+from norm_matters.norms.scale import Extras, accumulator, channel_count, channel_sum, normalise_by
+
+
+@dataclass(frozen=True)
+class L2Statistic:
+    """sigma = sqrt(mean d^2), the squares kept in the dtype of d; for statistics in the input's precision."""
+
+    def measure(self, d: Tensor) -> tuple[Tensor, Extras]:
+        """See `Statistic`; the variance is rounded to the dtype of d, as the squares are."""
+        var = (channel_sum(d.square_()) / channel_count(d)).to(d.dtype)
+        return var.to(accumulator(d)).sqrt(), ()
+
+    def slope(self, d: Tensor, sigma: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
+        """See `Statistic`."""
+        return d, torch.where(sigma == 0, 0, 1 / (sigma * channel_count(d)))
+
+
+class L2Norm(BatchwiseNorm):
+    """Batch norm with the standard deviation: the numbers, names and state of `nn.BatchNorm2d`.
+
+    It differs in two things: a batch that is not finite updates nothing, and any input (N, C, *) is taken.
+    `running_var` is unbiased, as torch's. Arguments as in `BatchwiseNorm`.
+    """
+
+    name = "l2"
+
+    def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class."""
+        dtype = accumulator(x)
+        weight, bias = self.affine_in(dtype)
+        n = channel_count(x)
+        if self.compute_dtype(x) != dtype:
+            y, mean, var = normalise_by(x, weight, bias, eps=self.eps, statistic=L2Statistic(), dtype=x.dtype)
+            return y, mean, var * (n / (n - 1))
+        # torch's kernel writes running statistics itself: it writes them here, with momentum 1, and the base class
+        # commits them if they are finite.
+        mean = torch.zeros(self.num_features, dtype=dtype, device=x.device)
+        var = torch.zeros_like(mean)
+        y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, 1.0, self.eps)
+        return y, mean, var

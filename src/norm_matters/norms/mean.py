@@ -1,0 +1,49 @@
+"""Mean-only batch norm, the companion of normalised weights (Salimans & Kingma 2016; Hoffer et al. 2018)."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from norm_matters.norms.base import BATCH_OPTIONS, BatchwiseNorm, per_channel
+from norm_matters.norms.scale import channel_count, channel_sum
+from norm_matters.norms.spec import Option
+
+
+class MeanNorm(BatchwiseNorm):
+    """Subtracts the batch mean and adds a bias.
+
+    Sigma is taken to be 1: `running_var` stays 1 and eps is 0. No weight unless asked for: after normalised weights a
+    learned scale per channel would give back what the bound takes away.
+
+    Args:
+        num_features: channels C.
+        scale: with `affine`, learn a weight per channel too.
+        options: those of `BatchwiseNorm` but eps.
+    """
+
+    name = "mean"
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "scale": Option("bool", False),
+        **{key: option for key, option in BATCH_OPTIONS.items() if key != "eps"},
+    }
+    estimates_sigma = False
+    scale: bool
+    eps = 0.0
+
+    def learns_weight(self) -> bool:
+        """See the base class."""
+        return self.scale
+
+    def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class."""
+        dtype = self.compute_dtype(x)
+        mean = channel_sum(x) / channel_count(x)
+        y = x.to(dtype) - per_channel(mean.to(dtype), x)
+        weight, bias = self.affine_in(dtype)
+        if weight is not None:
+            y = y * per_channel(weight, x)
+        if bias is not None:
+            y = y + per_channel(bias, x)
+        return y.to(x.dtype), mean.detach(), torch.ones_like(mean)

@@ -1,0 +1,57 @@
+"""Questions about the norms of a network: which there are, and of which spec."""
+
+from torch import nn
+
+from norm_matters.norms.base import Norm
+from norm_matters.norms.build import resolve_spec
+
+_TORCH_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
+# Norms of timm and torchvision that derive from none of torch's; known by name, so that neither is imported.
+_LIBRARY_NORMS = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d", "RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2d"}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm: ours, torch's, or one of timm's or torchvision's.
+
+    The one answer that weight-decay groups, precision filters and conversion ask for.
+    """
+    return isinstance(module, (Norm, *_TORCH_NORMS)) or any(
+        base.__name__ in _LIBRARY_NORMS and base.__module__.split(".")[0] in ("timm", "torchvision")
+        for base in type(module).__mro__
+    )
+
+
+def norms_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Dotted name and module of every norm in a model, each module once, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if is_norm(module)]
+
+
+def spec_of(module: nn.Module) -> str | None:
+    """Canonical spec of one of our norms, with its options as they are now; None for any other module."""
+    return module.spec if isinstance(module, Norm) else None
+
+
+def has_spec(module: nn.Module, spec: str) -> bool:
+    """Whether a module is the norm that `spec` names, with every option that `spec` states.
+
+    Options the spec does not state may have any value: a converted norm keeps the eps and momentum it had.
+    """
+    norm, options = resolve_spec(spec)
+    if type(module) is not norm:
+        return False
+    settings = module.settings()
+    return all(settings[key] == value for key, value in options.items())
+
+
+def name_norms(model: nn.Module) -> None:
+    """Tell each of our norms its dotted name in the model, for error messages."""
+    for name, module in model.named_modules():
+        if isinstance(module, Norm):
+            module.layer_name = name

@@ -1,0 +1,50 @@
+"""What a run leaves behind: its folder, table, checkpoints, provenance and log. Only `checkpoint` imports torch."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from norm_matters.record.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from norm_matters.record.files import remove_temporaries, write_file
+    from norm_matters.record.folder import claim_run_folder, default_name, find_checkpoint, is_run, latest_checkpoint
+    from norm_matters.record.log import RunLog
+    from norm_matters.record.provenance import append_event, collect_provenance, write_provenance
+    from norm_matters.record.table import COLUMNS, TIMING_COLUMNS, append_row, read_table, trim_table
+
+__all__ = [
+    "COLUMNS",
+    "TIMING_COLUMNS",
+    "Checkpoint",
+    "RunLog",
+    "append_event",
+    "append_row",
+    "claim_run_folder",
+    "collect_provenance",
+    "default_name",
+    "find_checkpoint",
+    "is_run",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "read_table",
+    "remove_temporaries",
+    "save_checkpoint",
+    "trim_table",
+    "write_file",
+    "write_provenance",
+]
+
+_HOMES = {
+    "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
+    "files": ("remove_temporaries", "write_file"),
+    "folder": ("claim_run_folder", "default_name", "find_checkpoint", "is_run", "latest_checkpoint"),
+    "log": ("RunLog",),
+    "provenance": ("append_event", "collect_provenance", "write_provenance"),
+    "table": ("COLUMNS", "TIMING_COLUMNS", "append_row", "read_table", "trim_table"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

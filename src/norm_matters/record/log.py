@@ -1,0 +1,32 @@
+"""`log.txt` of a run: what happened, and when. Imports no torch."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from norm_matters.record.files import append_file
+
+
+class RunLog:
+    """Appends lines with the time (UTC) before them.
+
+    Args:
+        path: the file; made at the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, text: str) -> None:
+        """Append a text; each of its lines gets the time.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        lines = [f"{time} {_printable(line)}\n" for line in text.splitlines()]
+        append_file(self.path, "".join(lines).encode())
+
+
+def _printable(line: str) -> str:
+    """Names of files and classes may hold anything: nothing in a log may move the reader's cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

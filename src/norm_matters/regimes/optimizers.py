@@ -1,0 +1,172 @@
+"""The optimizer that follows a regime, and its state under the names of the parameters."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from norm_matters.core.clock import Clock
+from norm_matters.core.errors import UserError
+from norm_matters.regimes.groups import group_parameters
+from norm_matters.regimes.regime import Regime
+from norm_matters.regimes.settings import (
+    PROBE,
+    check_settings,
+    optimizer_class,
+    setting_defaults,
+    usable_settings,
+)
+
+
+class RegimeOptimizer:
+    """A torch optimizer that is set anew for each step, as the regime says for that point of the run.
+
+    Args:
+        module: the network; it decides which parameter is of which kind.
+        regime: the optimizer and its settings over the run.
+        parameters: what is optimised, by the names in `module` (float32 masters, say); by default the module's own
+            parameters that take a gradient.
+
+    Raises:
+        UserError: the regime names unknown settings or kinds, or there is nothing to train.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, module: nn.Module, regime: Regime, parameters: Mapping[str, Tensor] | None = None) -> None:
+        check_settings(regime)
+        if parameters is None:
+            parameters = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+        if not parameters:
+            raise UserError("the network has no parameters to train")
+        self.regime = regime
+        self._parameters = dict(parameters)
+        self._members = group_parameters(module, list(parameters), regime.kinds)
+        self._build(regime.at(PROBE), resets=regime.resets(PROBE))
+
+    def prepare(self, clock: Clock) -> float:
+        """Set everything for the step that follows `clock`.
+
+        Returns:
+            The learning rate of the first group.
+
+        Raises:
+            UserError: a function of the regime returned what the optimizer does not take.
+        """
+        settings, resets = self.regime.at(clock), self.regime.resets(clock)
+        try:
+            values = self._group_settings(settings)
+        except UserError as error:
+            raise UserError(*(f"{self.regime.name}, step {clock.step}: {text}" for text in error.problems)) from error
+        if settings["optimizer"] != self._name or resets > self._resets or _layout(values) != self._layout:
+            self._build(settings, resets=resets)
+        for group, own in zip(self.optimizer.param_groups, values, strict=True):
+            group.update(own)
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """Change the parameters by their gradients."""
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def parameters(self) -> list[Tensor]:
+        """What is optimised."""
+        return list(self._parameters.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the optimizer's state, by `PARAMETER/ENTRY`; not copied."""
+        return {
+            f"{name}/{entry}": value
+            for name, state in self._states().items()
+            for entry, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, as JSON can hold it: per parameter its entries, null where `tensors` has them."""
+        state = {
+            name: {entry: None if isinstance(value, Tensor) else value for entry, value in entries.items()}
+            for name, entries in self._states().items()
+        }
+        return {"optimizer": self._name, "resets": self._resets, "state": state}
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], clock: Clock) -> None:
+        """Restore a state exactly.
+
+        Args:
+            tensors: what `tensors()` returned when the state was saved; copied.
+            numbers: what `numbers()` returned then.
+            clock: the run's position then.
+
+        Raises:
+            UserError: entries are missing or left over, or are of another network.
+        """
+        state = numbers["state"]
+        expected = {f"{name}/{entry}" for name in state for entry, value in state[name].items() if value is None}
+        _check_names("parameters", state, self._parameters)
+        _check_names("entries", tensors, expected)
+        # The settings of the last step that was done: the state is of its optimizer, and is kept or dropped next.
+        settings = self.regime.at(clock.at_step(max(0, clock.step - 1)))
+        self._build({**settings, "optimizer": numbers["optimizer"]}, resets=int(numbers["resets"]))
+        fused = bool(settings.get("fused"))
+        for name, parameter in self._parameters.items():
+            entries = {
+                entry: _restored(tensors[f"{name}/{entry}"], parameter, fused=fused) if value is None else value
+                for entry, value in state[name].items()
+            }
+            if entries:
+                self.optimizer.state[parameter] = entries
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        """Per parameter what the optimizer remembers; an entry that is None says no more than none."""
+        return {
+            name: {
+                entry: value for entry, value in self.optimizer.state.get(parameter, {}).items() if value is not None
+            }
+            for name, parameter in self._parameters.items()
+        }
+
+    def _build(self, settings: Mapping[str, Any], *, resets: int) -> None:
+        """Start an optimizer with an empty state."""
+        values = self._group_settings(settings)
+        groups = [
+            {"params": [self._parameters[name] for name in names], **own}
+            for names, own in zip(self._members.values(), values, strict=True)
+        ]
+        self._name, self._resets, self._layout = settings["optimizer"], resets, _layout(values)
+        try:
+            self.optimizer = optimizer_class(self._name)(groups, **values[0])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"torch refuses to train this network with {self._name}: {error}") from error
+
+    def _group_settings(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """All settings of each group, in the order of the groups."""
+        defaults = setting_defaults(settings["optimizer"])
+        return [usable_settings({**settings, **settings["groups"].get(kind, {})}, defaults) for kind in self._members]
+
+
+def _layout(values: Sequence[Mapping[str, Any]]) -> list[tuple[bool, ...]]:
+    """What decides, beside its class, which tensors an optimizer's state has: when it changes, the state starts anew.
+
+    Adam has one more with `amsgrad`, RMSprop with `centered` and with a momentum. (SGD makes its own when needed.)
+    """
+    keys = ("amsgrad", "centered") + (("momentum",) if any("centered" in own for own in values) else ())
+    return [tuple(bool(own.get(key)) for key in keys) for own in values]
+
+
+def _check_names(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    problems = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in unexpected]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"the optimizer's state does not fit, {what}: {', '.join(problems[:5])}{more}")
+
+
+def _restored(value: Tensor, parameter: Tensor, *, fused: bool) -> Tensor:
+    """A copy on the right device: counters (of no dimension) stay on the CPU unless the optimizer is fused."""
+    device = parameter.device if value.ndim or fused else "cpu"
+    return value.detach().to(device=device, copy=True)

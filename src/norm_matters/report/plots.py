@@ -1,0 +1,210 @@
+"""Curves over epochs, drawn with bokeh: linked x axes, values on hovering, series that a legend switches.
+
+Names that come from users reach the plots as data only (never as titles, templates or code).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from bokeh.embed import components
+from bokeh.models import ColumnDataSource, DataRange1d, DataRenderer, HoverTool, LogTickFormatter, Range1d
+from bokeh.models.tickers import BasicTicker
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+
+from norm_matters.report.page import Html, tag
+
+# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that is unreadable on white.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
+_DASHES = ((), (8, 3), (2, 3), (8, 3, 2, 3))
+_LOG_FROM = 50.0  # a positive quantity that spans this factor or more is drawn on a logarithmic axis
+_DOTS_UP_TO = 120  # a plot with more points than this is drawn without a dot on each
+_HOVER_ALL_UP_TO = 3  # in a plot with more curves, hovering shows the curve under the pointer only
+
+
+@dataclass(frozen=True)
+class Series:
+    """What one colour stands for in all plots.
+
+    Attributes:
+        label: its name in the legend and on hovering.
+        index: chooses colour and dashes, and is unique on the page.
+    """
+
+    label: str
+    index: int
+
+    @property
+    def key(self) -> str:
+        """The name that its lines bear, by which the legend finds them."""
+        return f"series-{self.index}"
+
+    @property
+    def colour(self) -> str:
+        """CSS colour."""
+        return _COLOURS[self.index % len(_COLOURS)]
+
+    @property
+    def dash(self) -> tuple[int, ...]:
+        """Lengths of strokes and gaps in pixels; empty for a solid line."""
+        return _DASHES[self.index // len(_COLOURS) % len(_DASHES)]
+
+    def swatch(self) -> Html:
+        """A short piece of its line."""
+        stroke = tag(
+            "line", x1="0", y1="5", x2="26", y2="5",
+            stroke=self.colour, stroke_width="3", stroke_dasharray=" ".join(map(str, self.dash)) or "none",
+        )  # fmt: skip
+        return tag("svg", stroke, width="26", height="10", aria_hidden="true")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot.
+
+    Attributes:
+        series: what it belongs to.
+        epochs: (n,) epochs, counted from 1.
+        values: (n,) values; those that are not finite leave a gap.
+        low, high: (n,) edges of the band around it, or None.
+    """
+
+    series: Series
+    epochs: np.ndarray
+    values: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: a title of ours, and its lines."""
+
+    title: str
+    curves: Sequence[Curve]
+
+
+def drawable(panel: Panel) -> bool:
+    """Whether any curve of the panel has a finite value."""
+    return any(np.isfinite(curve.values).any() for curve in panel.curves)
+
+
+def draw(panels: Sequence[Panel]) -> tuple[list[Html], list[str]]:
+    """Draw panels that share their x axis.
+
+    Args:
+        panels: each must be `drawable`.
+
+    Returns:
+        one HTML element per panel, and the scripts that the page must run for them (bokeh itself, then the data).
+    """
+    if not panels:
+        return [], []
+    last = max(int(curve.epochs.max()) for panel in panels for curve in panel.curves if len(curve.epochs))
+    margin = 0.5 if last == 1 else 0.02 * last
+    epochs = Range1d(start=1 - margin, end=last + margin, bounds=(1 - margin, last + margin))
+    plots = [_plot(panel, epochs) for panel in panels]
+    script, divs = components(plots, wrap_script=False)
+    elements = [
+        tag("figure", tag("h3", _title(panel)), Html(div), class_="panel")
+        for panel, div in zip(panels, divs, strict=True)
+    ]
+    library = Resources(mode="inline", components=["bokeh"]).js_raw
+    return elements, ["\n".join(library), script]
+
+
+def legend(series: Iterable[Series]) -> Html:
+    """Return buttons that show and hide the series in all plots of the page."""
+    buttons = (
+        tag("button", item.swatch(), item.label, type="button", aria_pressed="true", data_series=item.key)
+        for item in series
+    )
+    return tag("div", *buttons, tag("span", "click to hide", class_="soft"), class_="legend")
+
+
+def value_text(value: float) -> str:
+    """A value as it is shown on hovering: four significant digits."""
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def _is_log(panel: Panel) -> bool:
+    """Whether the values are all positive and span orders of magnitude (learning rates, a loss that explodes)."""
+    values = np.concatenate([curve.values for curve in panel.curves])
+    values = values[np.isfinite(values)]
+    return bool(values.min() > 0 and values.max() / values.min() >= _LOG_FROM)
+
+
+def _title(panel: Panel) -> Html:
+    scale = " (logarithmic)" if _is_log(panel) else ""
+    return Html(tag("span", panel.title) + tag("span", scale, class_="soft"))
+
+
+def _plot(panel: Panel, epochs: Range1d) -> figure:
+    """Draw one panel on the given x range."""
+    log = _is_log(panel)
+    plot = figure(
+        y_range=DataRange1d(only_visible=True),
+        height=270,
+        sizing_mode="stretch_width",
+        x_range=epochs,
+        y_axis_type="log" if log else "linear",
+        x_axis_label="epoch",
+        tools="xbox_zoom,xpan,reset,save",
+        # No tool takes over dragging and the wheel before it is asked to: on a phone they scroll the page.
+        active_drag=None,
+        toolbar_location="above",
+    )
+    dotted = sum(len(curve.epochs) for curve in panel.curves) <= _DOTS_UP_TO
+    hovered = [_draw_curve(plot, curve, dotted=dotted) for curve in panel.curves]
+    # Few curves: the values of all at the pointer's epoch. Many boxes would cover the plot: the curve that is met only.
+    mode = "vline" if len(hovered) <= _HOVER_ALL_UP_TO else "mouse"
+    tooltips = [("", "@label"), ("epoch", "@epoch"), ("value", "@text")]
+    plot.add_tools(HoverTool(renderers=hovered, tooltips=tooltips, mode=mode, line_policy="nearest", visible=False))
+    _style(plot)
+    if log:
+        plot.yaxis.formatter = LogTickFormatter(min_exponent=3)
+    return plot
+
+
+def _draw_curve(plot: figure, curve: Curve, *, dotted: bool) -> DataRenderer:
+    """Add the band, the line and the dots of one curve; returns what shows its values on hovering."""
+    series, count = curve.series, len(curve.epochs)
+    finite = np.isfinite(curve.values)
+    values = np.where(finite, curve.values, np.nan)
+    # A value between two gaps has no line: without a dot it would not be seen.
+    edges = np.concatenate([[False], finite, [False]])
+    lonely = finite & ~edges[:-2] & ~edges[2:]
+    source = ColumnDataSource(
+        {
+            "epoch": curve.epochs,
+            "value": values,
+            "dot": values if dotted else np.where(lonely, values, np.nan),
+            "text": [value_text(value) for value in curve.values],
+            "label": [series.label] * count,
+        }
+    )
+    if curve.low is not None and curve.high is not None:
+        plot.varea(x=curve.epochs, y1=curve.low, y2=curve.high, color=series.colour, alpha=0.18, name=series.key)
+    style = {"source": source, "color": series.colour, "name": series.key}
+    line = plot.line("epoch", "value", line_width=2, line_dash=list(series.dash), **style)
+    dots = plot.scatter("epoch", "dot", size=5, **style)
+    return line if count > 1 else dots
+
+
+def _style(plot: figure) -> None:
+    """Quiet axes, so that the lines are what one sees."""
+    plot.toolbar.logo = None
+    plot.toolbar.autohide = True
+    plot.outline_line_color = None
+    plot.border_fill_color = None  # the panel's heading lies behind it
+    plot.min_border_right = 12
+    plot.xaxis.ticker = BasicTicker(min_interval=1, desired_num_ticks=6)
+    plot.grid.grid_line_color = "#e6ebf0"
+    for axis in plot.axis:
+        axis.minor_tick_line_color = None
+        axis.major_tick_line_color = None
+        axis.axis_line_color = "#b6c0ca"
+        axis.major_label_text_color = "#5b6875"
+        axis.axis_label_text_color = "#5b6875"
+        axis.axis_label_text_font_style = "normal"

@@ -1,0 +1,377 @@
+"""One run from configuration to report: the file that joins the rooms, top to bottom."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from norm_matters.core.clock import Clock
+from norm_matters.core.config import OPTION_KEYS, RunConfig, differences, dump_config, flatten, load_config
+from norm_matters.core.errors import NumericalError, UserError, nearest
+from norm_matters.core.seeding import seed_everything
+from norm_matters.datasets import Dataset, Loader, ResidentImages, check_dataset, load_dataset
+from norm_matters.engine.loop import OnProgress, Progress, training_rows
+from norm_matters.engine.state import TrainingState
+from norm_matters.engine.step import StepOptions
+from norm_matters.models import MODELS, BuiltModel, build_model, check_model
+from norm_matters.norms import canonical_spec, check_spec, norms_of, spec_of
+from norm_matters.record import (
+    RunLog,
+    append_event,
+    append_row,
+    claim_run_folder,
+    collect_provenance,
+    default_name,
+    find_checkpoint,
+    is_run,
+    load_checkpoint,
+    read_table,
+    save_checkpoint,
+    trim_table,
+    write_file,
+    write_provenance,
+)
+from norm_matters.regimes import Regime, build_regime, check_regime
+from norm_matters.transforms import Preprocessing
+
+DEFAULT_INPUT_SIZE = 224
+
+# Settings of a recorded run that a resume may change, because no result depends on them.
+FREE_TO_CHANGE = {"data.workers", "data.dir", "data.download", "device", "train.epochs"}
+
+
+def check_device(name: str) -> None:
+    """Raise UserError when this machine has no such device."""
+    resolve_device(name)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"'{name}' is not to be had here: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("'mps' is not to be had here: torch sees no Apple GPU")
+    return device
+
+
+# What `load_config` asks of each value, so that every mistake is found before anything is built or created.
+CHECKS: Mapping[str, Callable[[Any], None]] = {
+    "model.name": check_model,
+    "model.norm": check_spec,
+    "data.name": check_dataset,
+    "regime.name": check_regime,
+    "device": check_device,
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, the rows of results.csv, the report's path, and the last row."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    report: Path
+    last: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with everything built and nothing written."""
+
+    config: RunConfig
+    dataset: Dataset
+    built: BuiltModel
+    preprocessing: Preprocessing
+    regime: Regime
+    state: TrainingState
+    train: Loader
+    val: Loader
+
+
+def train(
+    config: RunConfig | None = None,
+    *,
+    command: Sequence[str] | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> RunResult:
+    """Train a network from the beginning and record it in a new run folder.
+
+    Args:
+        config: the run; or give the common options by name: `train(model="resnet20", norm="l1", epochs=3)`.
+        command: the command line, for the record.
+        on_progress: called as training goes on (see `engine.loop.Progress`).
+
+    Raises:
+        UserError: wrong input; what can be found before training is, and then nothing has been created.
+        StorageError: the run folder cannot be written.
+        NumericalError: the loss is no longer finite.
+    """
+    if config is None:
+        config = load_config(options=_dotted(options), checks=CHECKS)
+    elif options:
+        raise UserError(f"give a config or options, not both: {', '.join(options)}")
+    plan = prepare(config)
+    model = plan.config.model
+    default = default_name(_short(model.name), model.norm or "default", _short(plan.config.data.name), plan.config.seed)
+    folder = claim_run_folder(Path(config.output), config.name, default)
+    write_file(folder / "config.yaml", dump_config(plan.config))
+    write_provenance(folder, _provenance(plan, command or []))
+    return _execute(plan, folder, best=None, on_progress=on_progress)
+
+
+def resume(
+    folder: Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    extend: bool = False,
+    command: Sequence[str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> RunResult:
+    """Continue a recorded run from its last checkpoint, or from the beginning when it has none.
+
+    Args:
+        options, overrides: as for `load_config`; they may repeat the run's settings or change where and how far it
+            runs (`FREE_TO_CHANGE`), nothing else.
+        extend: allow another number of epochs although the schedule is relative to it; it is planned anew.
+
+    Raises:
+        UserError: not a run, settings that contradict it, data that changed, a damaged checkpoint.
+    """
+    if not is_run(folder):
+        raise UserError(f"'{folder}' is no run folder: it has no config.yaml")
+    recorded = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", options or {}, overrides, CHECKS)
+    before, after = flatten(recorded), flatten(config)
+    problems = [
+        f"{key}: the run in '{folder}' has {before[key]!r}, not {after[key]!r}; a resumed run keeps its settings"
+        for key in differences(recorded, config)
+        if key not in FREE_TO_CHANGE
+    ]
+    if problems:
+        raise UserError(*problems)
+    plan = prepare(config)
+    best, done = None, 0
+    checkpoints = folder / "checkpoints"
+    if (checkpoints / "last").exists():
+        checkpoint = load_checkpoint(find_checkpoint(folder, prefer="last"))
+        saved = checkpoint.state
+        if saved["data"]["fingerprint"] != plan.dataset.fingerprint:
+            raise UserError(
+                f"the data of '{config.data.name}' is not what '{folder}' was trained on; see provenance.json"
+            )
+        done = saved["epoch"]
+        _check_length(plan, recorded, done, extend)
+        plan.state.load(checkpoint.model, checkpoint.training, saved["training"])
+        best = saved["best"]
+    event = {"event": "resumed", "epoch": done, "epochs": config.train.epochs, "command": list(command or [])}
+    if config != recorded:
+        write_file(folder / "config.yaml", dump_config(plan.config))
+        event["changed"] = {key: [before[key], after[key]] for key in differences(recorded, config)}
+    trim_table(folder / "results.csv", done)
+    append_event(folder, event)
+    return _execute(plan, folder, best=best, on_progress=on_progress)
+
+
+def prepare(config: RunConfig) -> Plan:
+    """Build everything a run needs, without writing anything: whatever is wrong with the input is found here."""
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = resolve_device(config.device)
+    dataset = load_dataset(config.data, seed=config.seed)
+    config = _complete(config, dataset)
+    input_size = dataset.size or config.data.input_size or DEFAULT_INPUT_SIZE
+    seed_everything(config.seed)
+    built = build_model(
+        config.model, num_classes=len(dataset.classes), in_channels=dataset.channels, input_size=input_size
+    )
+    preprocessing = choose_preprocessing(dataset, input_size=input_size, crop=built.crop)
+    train_loader, val_loader = (
+        Loader(
+            images,
+            preprocessing,
+            batch_size=config.data.batch_size,
+            train=part == "train",
+            seed=config.seed,
+            workers=config.data.workers,
+            device=device,
+            transform=(built.input_transform or {}).get(part),
+        )
+        for part, images in (("train", dataset.train), ("eval", dataset.val))
+    )
+    assert config.train.epochs is not None
+    regime = build_regime(config.regime, default=built.regime, own=built.phases)
+    clock = Clock(0, len(train_loader), config.train.epochs, min(config.data.batch_size, len(dataset.train)))
+    state = TrainingState(built.module, regime, clock, device=device, precision=config.train.precision)
+    return Plan(config, dataset, built, preprocessing, regime, state, train_loader, val_loader)
+
+
+def choose_preprocessing(dataset: Dataset, *, input_size: int, crop: str) -> Preprocessing:
+    """Preprocessing for images of that kind: shifted crops for small ones in memory, the model's own else."""
+    resident = isinstance(dataset.train, ResidentImages)
+    return Preprocessing(
+        channels=dataset.channels,
+        input_size=input_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        crop="pad" if resident else crop,  # type: ignore[arg-type]
+        pad=dataset.pad,
+        flip=dataset.flip,
+        resize=input_size if resident else round(input_size * 256 / 224),
+    )
+
+
+def _complete(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """Fill in what depends on the dataset and the model, so that the recorded config says all."""
+    model, data = config.model, config.data
+    norm = canonical_spec(model.norm) if model.norm else ("l2" if model.name in MODELS else None)
+    name = str(Path(model.name).resolve()) if model.name.endswith(".py") else model.name
+    source, colon, path = data.name.partition(":")
+    if colon:
+        # As the dataset reads it: relative to the data folder where one is given.
+        place = (Path(data.dir or "").expanduser() / Path(path).expanduser()).resolve()
+        data = data.model_copy(update={"name": f"{source}:{place}"})
+    train = config.train.model_copy(update={"epochs": config.train.epochs or dataset.epochs})
+    model = model.model_copy(update={"name": name, "norm": norm})
+    return config.model_copy(update={"model": model, "data": data, "train": train})
+
+
+def _check_length(plan: Plan, recorded: RunConfig, done: int, extend: bool) -> None:
+    epochs, planned = plan.config.train.epochs, recorded.train.epochs
+    assert epochs is not None
+    if epochs < done:
+        raise UserError(f"train.epochs: {epochs} epochs asked for, but the run has done {done} already")
+    if epochs != planned and plan.regime.relative and not extend:
+        raise UserError(
+            f"train.epochs: the run was planned for {planned} epochs and its schedule is relative to that; "
+            f"--extend plans it anew for {epochs}"
+        )
+
+
+def _execute(plan: Plan, folder: Path, *, best: dict[str, Any] | None, on_progress: OnProgress | None) -> RunResult:
+    """Train from where the state stands, recording every epoch; the report is written however it ends."""
+    # The report needs bokeh, and only at the end: importing it here keeps it out of the training process until then.
+    from norm_matters.report import write_report
+
+    log = RunLog(folder / "log.txt")
+    for warning in plan.regime.unreached(plan.state.clock):
+        log.write(f"warning: {warning}")
+    log.write(_headline(plan))
+    if on_progress:
+        clock = plan.state.clock
+        on_progress(Progress("start", clock.epoch + 1, clock.epochs, message=f"{folder}: {_headline(plan)}"))
+    try:
+        _train_and_record(plan, folder, log, best=best, on_progress=on_progress)
+    except BaseException as error:
+        log.write(f"stopped: {type(error).__name__}: {error}")
+        if isinstance(error, KeyboardInterrupt | NumericalError):
+            write_report(folder)
+        raise
+    log.write("done")
+    rows = read_table(folder / "results.csv")
+    return RunResult(folder, rows, write_report(folder), rows[-1])
+
+
+def _train_and_record(
+    plan: Plan, folder: Path, log: RunLog, *, best: dict[str, Any] | None, on_progress: OnProgress | None
+) -> None:
+    train_config = plan.config.train
+    options = StepOptions(train_config.accumulate, train_config.clip_norm, train_config.label_smoothing)
+    rows = training_rows(plan.state, train=plan.train, val=plan.val, options=options, on_progress=on_progress)
+    for row in rows:
+        append_row(folder / "results.csv", row)
+        log.write(" ".join(f"{key}={value:g}" for key, value in row.items() if value is not None))
+        if not math.isfinite(row["train_loss"]):
+            # The checkpoint before this epoch stays the last one: it is the last that anybody can use.
+            raise NumericalError(f"the training loss is {row['train_loss']} in epoch {row['epoch']}")
+        improved = best is None or row["val_error1"] < best["val_error1"]
+        if improved:
+            best = {"epoch": row["epoch"], "val_error1": row["val_error1"]}
+        save_checkpoint(
+            folder,
+            step=plan.state.clock.step,
+            model=plan.state.model_tensors(),
+            training=plan.state.training_tensors(),
+            state=_saved_state(plan, row["epoch"], best),
+            best=improved,
+        )
+        if on_progress:
+            on_progress(Progress("epoch", row["epoch"], plan.state.clock.epochs, row=row))
+
+
+def _saved_state(plan: Plan, epoch: int, best: dict[str, Any] | None) -> dict[str, Any]:
+    """What makes a checkpoint folder work alone: settings, class names, preprocessing, position, data."""
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "classes": list(plan.dataset.classes),
+        "preprocessing": plan.preprocessing.to_json(),
+        "epoch": epoch,
+        "best": best,
+        "data": {"val": plan.dataset.val_name, "fingerprint": plan.dataset.fingerprint},
+        "model_source": plan.built.source,
+        "training": plan.state.numbers(),
+    }
+
+
+def _provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
+    specs = [spec_of(module) or type(module).__name__ for _, module in norms_of(plan.built.module)]
+    parameters = sum(parameter.numel() for parameter in plan.built.module.parameters())
+    return collect_provenance(
+        list(command),
+        device=_device_name(plan.state.device),
+        seed=plan.config.seed,
+        model={
+            "parameters": parameters,
+            "norms": {spec: specs.count(spec) for spec in dict.fromkeys(specs)},
+            "converted": plan.built.converted,
+            "source": plan.built.source,
+        },
+        data={
+            "train_images": len(plan.dataset.train),
+            "val_images": len(plan.dataset.val),
+            "val": plan.dataset.val_name,
+            "classes": list(plan.dataset.classes),
+            "preprocessing": plan.preprocessing.to_json(),
+            "fingerprint": plan.dataset.fingerprint,
+        },
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _headline(plan: Plan) -> str:
+    model, clock = plan.config.model, plan.state.clock
+    norm = model.norm or "its own norms"
+    return (
+        f"{_short(model.name)} with {norm} on {plan.config.data.name}, {len(plan.dataset.train)} training and "
+        f"{len(plan.dataset.val)} {plan.dataset.val_name} images, {clock.epochs} epochs of {clock.steps_per_epoch} "
+        f"steps, {plan.config.train.precision} on {_device_name(plan.state.device)}"
+    )
+
+
+def _short(name: str) -> str:
+    """A name fit for a folder: a file's stem, a folder's own name behind its source."""
+    if name.endswith(".py"):
+        return Path(name).stem
+    source, colon, rest = name.partition(":")
+    return f"{source}-{Path(rest).name}" if colon else source
+
+
+def _dotted(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if name not in OPTION_KEYS:
+            raise UserError(f"unknown option '{name}'{nearest(name, OPTION_KEYS)}")
+    return {OPTION_KEYS[name]: value for name, value in options.items()}

@@ -1,0 +1,44 @@
+"""How images become the network's input: per image before batching, per batch on the device.
+
+Importing this package imports no torch; its names are loaded at first use.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from norm_matters.core.registry import Registry
+
+if TYPE_CHECKING:
+    from norm_matters.transforms.preprocessing import Preprocessing
+
+__all__ = ["TRANSFORMS", "Preprocessing"]
+
+TRANSFORMS: Registry[Callable[..., Any]] = Registry("transform")
+TRANSFORMS.register(
+    "pad-crop",
+    "norm_matters.transforms.batch:pad_crop",
+    summary="per batch: pad with zeros, crop back at a random place (training, small images)",
+)
+TRANSFORMS.register(
+    "flip", "norm_matters.transforms.batch:flip", summary="per batch: mirror half of the images (training)"
+)
+TRANSFORMS.register(
+    "normalise", "norm_matters.transforms.batch:normalise", summary="per batch: bytes to float, mean 0, deviation 1"
+)
+TRANSFORMS.register(
+    "inception-crop",
+    "norm_matters.transforms.image:inception_crop",
+    summary="per image: a random 8% to 100% of the area, resized (training, files)",
+)
+TRANSFORMS.register(
+    "centre-crop",
+    "norm_matters.transforms.image:centre_crop",
+    summary="per image: resize the shorter side, crop the centre (evaluation, files)",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Preprocessing":
+        return importlib.import_module("norm_matters.transforms.preprocessing").Preprocessing
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
