@@ -4,10 +4,14 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +21,35 @@ from norm_matters import run as run_module
 from norm_matters.cli import main
 from norm_matters.core.config import load_config
 from norm_matters.core.errors import NumericalError, StorageError
+from norm_matters.record import read_table
 
-QUICK = ["train", "--epochs", "1", "--device", "cpu"]
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of one epoch, and what its command printed."""
+
+    folder: Path
+    out: str
+    err: str
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return read_table(self.folder / "results.csv")[-1]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one epoch on the digits."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     output = tmp_path_factory.mktemp("runs")
-    assert main([*QUICK, "--norm", "l1", "--output", str(output), "--name", "quick", "train.clip_norm=5"]) == 0
-    return output / "quick"
+    arguments = ["--norm", "l1", "--seed", "3", "--batch-size=256", "--output", str(output), "train.clip_norm=5"]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        assert main(["train", "--epochs", "1", "--device", "cpu", *arguments]) == 0
+    return Trained(output / "resnet8-l1-digits-s3", out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def run(trained: Trained) -> Path:
+    """The run's folder."""
+    return trained.folder
 
 
 @pytest.fixture
@@ -40,25 +63,19 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_train_prints_epochs_accuracy_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*QUICK, "--norm", "linf", "--seed", "3", "--output", str(tmp_path), "--batch-size=256"]) == 0
-    captured = capsys.readouterr()
-    headline, epoch, accuracy, report = captured.out.splitlines()
-    folder = tmp_path / "resnet8-linf-digits-s3"
-    assert headline.startswith(f"{folder}: resnet8 with linf on digits")
+def test_train_prints_epochs_accuracy_and_report(trained: Trained) -> None:
+    headline, epoch, accuracy, report = trained.out.splitlines()
+    assert headline.startswith(f"{trained.folder}: resnet8 with l1 on digits")
     assert epoch.startswith("epoch 1/1: train loss ")
-    assert accuracy.startswith("accuracy ")
-    assert accuracy.endswith("% after epoch 1")
-    last = list(csv.DictReader((folder / "results.csv").open()))[-1]
-    assert float(accuracy.split()[1].rstrip("%")) == pytest.approx(100 - float(last["val_error1"]), abs=0.005)
-    assert report == f"report {folder / 'report.html'}"
-    assert (folder / "report.html").stat().st_size > 0
-    assert captured.err == ""
+    assert accuracy == f"accuracy {100 - trained.last['val_error1']:.2f}% after epoch 1"
+    assert report == f"report {trained.folder / 'report.html'}"
+    assert (trained.folder / "report.html").stat().st_size > 0
+    assert trained.err == ""
 
 
 def test_options_and_overrides_reach_the_record(run: Path) -> None:
     config = load_config(run / "config.yaml")
-    assert (config.model.norm, config.train.clip_norm, config.train.epochs, config.name) == ("l1", 5.0, 1, "quick")
+    assert (config.model.norm, config.train.clip_norm, config.train.epochs, config.seed) == ("l1", 5.0, 1, 3)
     command = json.loads((run / "provenance.json").read_text())["command"]
     assert command[:4] == ["norm-matters", "train", "--epochs", "1"]
     assert command[-1] == "train.clip_norm=5"
@@ -66,25 +83,23 @@ def test_options_and_overrides_reach_the_record(run: Path) -> None:
 
 def test_a_run_can_be_resumed_and_extended(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "copy"
-    config = run / "config.yaml"
-    assert main(["train", "--config", str(config), "--output", str(tmp_path), "--name", "copy", "--device=cpu"]) == 0
-    capsys.readouterr()
+    shutil.copytree(run, copy, symlinks=True)
     assert main(["train", "--resume", str(copy), "--epochs", "2"]) == 2
     assert "--extend" in capsys.readouterr().err
     assert main(["train", "--resume", str(copy), "--epochs", "2", "--extend"]) == 0
     assert "after epoch 2" in capsys.readouterr().out
-    assert [row["epoch"] for row in csv.DictReader((copy / "results.csv").open())] == ["1", "2"]
+    assert [row["epoch"] for row in read_table(copy / "results.csv")] == [1, 2]
 
 
-def test_eval_of_a_run_and_of_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_of_a_run_and_of_a_checkpoint(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained.folder
     assert main(["eval", str(run), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert main(["eval", str(run / "checkpoints" / "last"), "--device", "cpu", "--json", "--batch-size", "50"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert f"error@1 {scores['error1']:.2f}%, error@5 {scores['error5']:.2f}%" in text
     assert f"{scores['images']} images" in text
-    last = list(csv.DictReader((run / "results.csv").open()))[-1]
-    assert scores["error1"] == pytest.approx(float(last["val_error1"]))
+    assert scores["error1"] == trained.last["val_error1"]
 
 
 def test_eval_json_has_no_nan(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +194,7 @@ def test_list_regimes_plots_the_learning_rate(capsys: pytest.CaptureFixture[str]
 
 def test_list_models_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "models", "--filter", "torchvision:resnet1*"]) == 0
-    assert capsys.readouterr().out.split() == [
-        "torchvision:resnet18",
-        "torchvision:resnet101",
-        "torchvision:resnet152",
-    ] or ("torchvision:resnet18" in capsys.readouterr().out)
+    assert set(capsys.readouterr().out.split()) == {f"torchvision:resnet{depth}" for depth in (18, 101, 152)}
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,10 +290,9 @@ def test_ctrl_c_ends_with_a_record_and_130(command: Callable, tmp_path: Path) ->
     assert main(["eval", str(tmp_path / "long"), "--device", "cpu"]) == 0
 
 
-def test_a_reader_that_leaves_does_not_end_the_training(command: Callable, tmp_path: Path) -> None:
-    process = command("train", "--epochs=2", "--output", str(tmp_path), "--name=alone", "--device=cpu")
-    process.stdout.readline()
+def test_a_reader_that_leaves_gets_no_traceback(command: Callable) -> None:
+    process = command("list", "datasets")
     process.stdout.close()
     process.wait(timeout=60)
     assert process.stderr.read() == ""
-    assert (tmp_path / "alone" / "report.html").exists()
+    process.stderr.close()

@@ -41,7 +41,7 @@ def test_the_run_folder_is_complete(finished: RunResult) -> None:
         assert (folder / name).stat().st_size > 0
     assert [row["epoch"] for row in finished.rows] == [1, 2]
     last = finished.last
-    assert last["step"] == 2 * (1437 // 128)
+    assert last["step"] == 2 * (1438 // 128)
     assert 0 <= last["val_error1"] <= 100
     assert last["val_error5"] is not None
     assert last["lr"] > 0
@@ -68,7 +68,7 @@ def test_workers_and_the_display_do_not_change_the_result(finished: RunResult, t
 def test_a_checkpoint_evaluates_to_its_row(finished: RunResult) -> None:
     best = min(finished.rows, key=lambda row: row["val_error1"])
     scores = inference.evaluate(finished.folder, device="cpu")
-    assert (scores["epoch"], scores["images"], scores["split"]) == (best["epoch"], 360, "test")
+    assert (scores["epoch"], scores["images"], scores["split"]) == (best["epoch"], 359, "test")
     assert scores["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
     assert scores["error1"] == best["val_error1"]
     assert inference.evaluate(finished.folder / "checkpoints" / "best", batch_size=7)["error1"] == scores["error1"]

@@ -23,6 +23,7 @@ from norm_matters.core.errors import UserError, nearest
 from norm_matters.progress import ConsoleProgress, printable
 
 if TYPE_CHECKING:
+    from norm_matters.core.config import RunConfig
     from norm_matters.inference import Prediction
 
 INTERNAL_ERROR = 1
@@ -150,15 +151,20 @@ def evaluate(
     target: Target,
     data_dir: DataDir = None,
     device: AnyDevice = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
-    workers: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
+    batch_size: Number = None,
+    workers: Number = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a trained network on the images that its run held back."""
     from norm_matters import inference
 
+    settings = _checked({"device": device, "data.batch_size": batch_size, "data.workers": workers})
     scores = inference.evaluate(
-        target, data_dir=data_dir, device=_checked_device(device), batch_size=batch_size, workers=workers
+        target,
+        data_dir=data_dir,
+        device=settings.device,
+        batch_size=settings.data.batch_size if batch_size else None,  # None: as in training
+        workers=settings.data.workers,
     )
     if as_json:
         # JSON knows no NaN.
@@ -178,21 +184,26 @@ def predict(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="files and folders; - reads their paths from standard input")
     ],
-    top: Annotated[int, typer.Option(min=1, metavar="N", help="classes per image")] = 5,
+    top: Annotated[str, typer.Option(metavar="N", help="classes per image")] = "5",
     device: AnyDevice = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N")] = 64,
+    batch_size: Annotated[str, typer.Option(metavar="N")] = "64",
     as_csv: Annotated[bool, typer.Option("--csv", help="print CSV: a row for each class of each image")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Name the likeliest classes of images. Images that cannot be read are named and skipped."""
     if as_csv and as_json:
         raise UserError("--csv, --json: choose one")
+    if not top.isdecimal() or int(top) == 0:
+        raise UserError(f"--top: value '{top}' is not valid; it takes a whole number from 1")
     paths = [Path(path) for image in images for path in (_paths_from_stdin() if image == "-" else [image])]
     if not paths:
         raise UserError("-: standard input names no image")
     from norm_matters import inference
 
-    predictions = inference.predict(target, paths, top=top, device=_checked_device(device), batch_size=batch_size)
+    settings = _checked({"device": device, "data.batch_size": batch_size})
+    predictions = inference.predict(
+        target, paths, top=int(top), device=settings.device, batch_size=settings.data.batch_size
+    )
     count = Counter[str]()
     show = _show_csv if as_csv else _show_json if as_json else _show_lines
     show(_without_broken(predictions, count))
@@ -291,12 +302,13 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _checked_device(device: str) -> str:
-    """The device; UserError unless it is one, and this machine has it."""
+def _checked(given: dict[str, str | None]) -> "RunConfig":
+    """A configuration with these settings (dotted key -> text or None), checked like those of a run."""
     from norm_matters.core.config import load_config
     from norm_matters.run import CHECKS
 
-    return load_config(options={"device": device}, checks={"device": CHECKS["device"]}).device
+    options = {key: _number(text) for key, text in given.items() if text is not None}
+    return load_config(options=options, checks={"device": CHECKS["device"]})
 
 
 def _paths_from_stdin() -> list[str]:

@@ -1,5 +1,6 @@
 """One run from configuration to report: the file that joins the rooms, top to bottom."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 
 from norm_matters.core.clock import Clock
 from norm_matters.core.config import OPTION_KEYS, RunConfig, differences, dump_config, flatten, load_config
-from norm_matters.core.errors import NumericalError, UserError, nearest
+from norm_matters.core.errors import NumericalError, StorageError, UserError, nearest
 from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import Dataset, Loader, ResidentImages, check_dataset, load_dataset
 from norm_matters.engine.loop import OnProgress, Progress, training_rows
@@ -26,10 +27,11 @@ from norm_matters.record import (
     claim_run_folder,
     collect_provenance,
     default_name,
-    find_checkpoint,
     is_run,
+    latest_checkpoint,
     load_checkpoint,
     read_table,
+    remove_temporaries,
     save_checkpoint,
     trim_table,
     write_file,
@@ -149,7 +151,7 @@ def resume(
         UserError: not a run, settings that contradict it, data that changed, a damaged checkpoint.
     """
     if not is_run(folder):
-        raise UserError(f"'{folder}' is no run folder: it has no config.yaml")
+        raise UserError(f"'{folder}' is no run folder: it needs config.yaml and provenance.json")
     recorded = load_config(folder / "config.yaml")
     config = load_config(folder / "config.yaml", options or {}, overrides, CHECKS)
     before, after = flatten(recorded), flatten(config)
@@ -162,9 +164,9 @@ def resume(
         raise UserError(*problems)
     plan = prepare(config)
     best, done = None, 0
-    checkpoints = folder / "checkpoints"
-    if (checkpoints / "last").exists():
-        checkpoint = load_checkpoint(find_checkpoint(folder, prefer="last"))
+    last = latest_checkpoint(folder)
+    if last is not None:
+        checkpoint = load_checkpoint(last)
         saved = checkpoint.state
         if saved["data"]["fingerprint"] != plan.dataset.fingerprint:
             raise UserError(
@@ -174,11 +176,12 @@ def resume(
         _check_length(plan, recorded, done, extend)
         plan.state.load(checkpoint.model, checkpoint.training, saved["training"])
         best = saved["best"]
-    event = {"event": "resumed", "epoch": done, "epochs": config.train.epochs, "command": list(command or [])}
+    event = {"event": "resumed", "epoch": done, "epochs": plan.config.train.epochs, "command": list(command or [])}
+    remove_temporaries(folder)
+    trim_table(folder / "results.csv", done)
     if config != recorded:
         write_file(folder / "config.yaml", dump_config(plan.config))
         event["changed"] = {key: [before[key], after[key]] for key in differences(recorded, config)}
-    trim_table(folder / "results.csv", done)
     append_event(folder, event)
     return _execute(plan, folder, best=best, on_progress=on_progress)
 
@@ -274,9 +277,11 @@ def _execute(plan: Plan, folder: Path, *, best: dict[str, Any] | None, on_progre
     try:
         _train_and_record(plan, folder, log, best=best, on_progress=on_progress)
     except BaseException as error:
-        log.write(f"stopped: {type(error).__name__}: {error}")
-        if isinstance(error, KeyboardInterrupt | NumericalError):
-            write_report(folder)
+        # The first error is the one to show: a full disk also refuses this line.
+        with contextlib.suppress(StorageError):
+            log.write(f"stopped: {type(error).__name__}: {error}")
+            if isinstance(error, KeyboardInterrupt | NumericalError):
+                write_report(folder)
         raise
     log.write("done")
     rows = read_table(folder / "results.csv")
@@ -329,13 +334,14 @@ def _provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in plan.built.module.parameters())
     return collect_provenance(
         list(command),
-        device=_device_name(plan.state.device),
+        device=str(plan.state.device),
         seed=plan.config.seed,
         model={
             "parameters": parameters,
             "norms": {spec: specs.count(spec) for spec in dict.fromkeys(specs)},
             "converted": plan.built.converted,
             "source": plan.built.source,
+            "initial_weights": plan.built.weights,
         },
         data={
             "train_images": len(plan.dataset.train),

@@ -126,5 +126,5 @@ def test_damaged_files_are_named(tmp_path, name, data):
 def test_images_and_labels_that_do_not_belong_together(tmp_path):
     write_set(tmp_path / "mnist")
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(19)))
-    with pytest.raises(UserError, match="t10k-images.*do not belong together"):
+    with pytest.raises(UserError, match=r"t10k-images.*do not belong together"):
         load_dataset(DataConfig(name="mnist", dir=str(tmp_path)))

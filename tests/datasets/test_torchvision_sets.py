@@ -88,7 +88,7 @@ def test_svhn(tmp_path, monkeypatch, folder):
     assert np.array_equal(data.val.labels, np.arange(1, 21) % 10)
     assert not data.flip
     path.write_bytes(b"damaged")
-    with pytest.raises(UserError, match="test_32x32.mat is damaged"):
+    with pytest.raises(UserError, match=r"test_32x32\.mat is damaged"):
         load_dataset(config)
 
 
@@ -107,7 +107,7 @@ def write_stl10(root: Path) -> np.ndarray:
 
 def test_stl10(tmp_path):
     config = DataConfig(name="stl10", dir=str(tmp_path))
-    with pytest.raises(UserError, match="train_X.bin is missing; --download"):
+    with pytest.raises(UserError, match=r"train_X\.bin is missing; --download"):
         load_dataset(config)
     pixels = write_stl10(tmp_path)
     data = load_dataset(config)
@@ -115,7 +115,7 @@ def test_stl10(tmp_path):
     assert np.array_equal(data.val.labels, np.arange(20) % 10)
     assert data.classes[:2] == ("airplane", "bird")
     (tmp_path / "stl10_binary" / "train_X.bin").write_bytes(b"\0" * 1000)
-    with pytest.raises(UserError, match="train_X.bin is damaged"):
+    with pytest.raises(UserError, match=r"train_X\.bin is damaged"):
         load_dataset(config)
 
 
@@ -125,7 +125,7 @@ def test_download_without_a_network_is_one_clear_line(tmp_path, monkeypatch, nam
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    with pytest.raises(UserError, match="--download: .* could not be fetched") as caught:
+    with pytest.raises(UserError, match=r"--download: .* could not be fetched") as caught:
         load_dataset(DataConfig(name=name, dir=str(tmp_path), download=True))
     assert caught.value.exit_status == 2
     assert "\n" not in str(caught.value)

@@ -17,7 +17,6 @@ from norm_matters.models.layers import FixedGrid
 from norm_matters.norms import norms_of, spec_of
 
 FOLDER = Path(norm_matters.models.__file__).parent
-LARGE = ("resnet101", "resnet152", "resnet110")
 
 
 def narrow(name: str, **options) -> Network:
@@ -61,7 +60,7 @@ def test_no_norm_means_l2(name):
     assert {spec_of(layer) for _, layer in norms_of(module)} == {"l2"}
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS.names() if name not in LARGE])
+@pytest.mark.parametrize("name", ["resnet8", "resnet56", "resnet18", "resnet50", "vgg11", "alexnet", "mnist"])
 def test_equal_seeds_give_equal_weights_and_convolutions_after_he(name):
     torch.manual_seed(3)
     module = create_model(name, num_classes=10, width=16)
@@ -216,8 +215,8 @@ def test_all_wrong_options_at_once():
 
 
 def test_unknown_norm():
-    with pytest.raises(UserError, match="did you mean 'l1'"):
-        create_model("resnet8", num_classes=3, norm="11")
+    with pytest.raises(UserError, match="did you mean 'topk'"):
+        create_model("resnet8", num_classes=3, norm="topj")
 
 
 def test_what_is_not_built_yet_says_so():

@@ -127,17 +127,26 @@ def test_the_function_gets_the_norm_only_when_given(build):
     assert seen() == {"num_classes": 10, "in_channels": 3, "depth": 3, "norm": "topk:k=10"}
 
 
-def test_file_that_builds_the_norm_itself(build):
+@pytest.mark.parametrize("norm", ["linf", "group:groups=4"])
+def test_file_that_builds_the_norm_itself(build, norm):
     text = PLAIN.replace("nn.BatchNorm2d(8)", "create_norm(kwargs['norm'], 8)")
-    built = build("from norm_matters.norms import create_norm\n" + text, norm="linf")
-    assert built.converted == 0
-    assert ours(built.module) == ["linf"]
+    built = build("from norm_matters.norms import create_norm\n" + text, norm=norm)
+    assert ours(built.module) == [norm]
 
 
-@pytest.mark.parametrize("norm_layer", ["nn.Identity()", "nn.GroupNorm(2, 8)"])
+@pytest.mark.parametrize(
+    "norm_layer",
+    [
+        "nn.Identity()",
+        "nn.GroupNorm(2, 8)",
+        "nn.Sequential(create_norm('l1', 8), type('Mine', (nn.BatchNorm2d,), {})(8))",
+    ],
+)
 def test_no_norm_of_that_spec_is_an_error(build, norm_layer):
     with pytest.raises(UserError, match=r"model\.norm: 'l1'"):
-        build(PLAIN.replace("nn.BatchNorm2d(8)", norm_layer), norm="l1")
+        build(
+            "from norm_matters.norms import create_norm\n" + PLAIN.replace("nn.BatchNorm2d(8)", norm_layer), norm="l1"
+        )
 
 
 def test_function_without_kwargs_gets_what_it_names(build):

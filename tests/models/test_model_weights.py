@@ -1,6 +1,7 @@
 """Initial weights: from files and caches, with the head replaced; nothing else may differ silently."""
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,44 +102,27 @@ def test_networks_without_published_weights():
 
 
 @pytest.fixture
-def torchvision_cache(tmp_path, monkeypatch):
-    """An empty cache for torchvision, and resnet18's weights to put there."""
+def publish(tmp_path, monkeypatch):
+    """Put weights for resnet18 into torchvision's cache, with the right or a wrong SHA-256 in the name."""
     from norm_matters.core.torchvision import torchvision
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-
-    def publish(*, good: bool = True):
-        """Write a file and make torchvision's table of addresses point to it."""
+    def publish(*, damaged: bool = False) -> dict[str, torch.Tensor]:
         state = torchvision.models.resnet18().state_dict()
         torch.save(state, tmp_path / "file")
-        digest = hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()[:8] if good else "00000000"
-        name = f"resnet18-{digest}.pth"
-        (tmp_path / "file").rename(folder / name)
-        weights = torchvision.models.ResNet18_Weights.DEFAULT.value
-        monkeypatch.setattr(
-            torchvision.models, "get_model_weights", lambda _: _Enumeration(_Weights(f"https://example.com/{name}"))
-        )
-        assert weights.url
+        digest = "00000000" if damaged else hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()[:8]
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "file").rename(tmp_path / f"checkpoints/resnet18-{digest}.pth")
+        weights = SimpleNamespace(DEFAULT=SimpleNamespace(url=f"https://example.com/resnet18-{digest}.pth"))
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: weights)
         return state
 
     return publish
 
 
-class _Weights:
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-
-class _Enumeration:
-    def __init__(self, default: _Weights) -> None:
-        self.DEFAULT = default
-
-
 @pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
-def test_weights_from_torchvisions_cache(torchvision_cache, name):
-    state = torchvision_cache()
+def test_weights_from_torchvisions_cache(publish, name):
+    state = publish()
     config = ModelConfig(name=name, pretrained=True, norm="l1")
     built = build_model(config, num_classes=5, in_channels=3, input_size=32)
     loaded = built.module.state_dict()
@@ -148,8 +132,8 @@ def test_weights_from_torchvisions_cache(torchvision_cache, name):
     assert built.weights["fresh"] == ["fc.bias", "fc.weight"]
 
 
-def test_damaged_weights_in_torchvisions_cache(torchvision_cache):
-    torchvision_cache(good=False)
+def test_damaged_weights_in_torchvisions_cache(publish):
+    publish(damaged=True)
     with pytest.raises(UserError, match="is damaged"):
         build_model(ModelConfig(name="resnet18", pretrained=True), num_classes=5, in_channels=3, input_size=32)
 

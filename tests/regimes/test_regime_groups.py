@@ -74,6 +74,12 @@ def test_a_network_without_norms_has_no_group_of_them():
     assert group_parameters(nn.Linear(2, 2), ["weight", "bias"], ["norm"]) == {"rest": ["weight", "bias"]}
 
 
+def test_a_norm_is_never_the_last_layer():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2)), nn.LayerNorm((2, 2)))
+    names = [name for name, _ in network.named_parameters()]
+    assert group_parameters(network, names, ["last"])["last"] == ["0.weight", "0.bias"]
+
+
 def test_a_norm_may_be_the_whole_network():
     assert group_parameters(create_norm("l2", 3), ["weight", "bias"], ["norm"]) == {"norm": ["weight", "bias"]}
 

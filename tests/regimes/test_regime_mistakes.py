@@ -2,6 +2,7 @@
 
 import pytest
 
+from norm_matters.core.clock import Clock
 from norm_matters.core.config import RegimeConfig
 from norm_matters.core.errors import UserError
 from norm_matters.regimes import build_regime, check_regime
@@ -99,8 +100,6 @@ def test_the_regime_of_a_run_comes_from_the_config_the_model_or_the_default():
 
 
 def test_lr_and_weight_decay_change_a_named_regime_only():
-    from norm_matters.core.clock import Clock
-
     settings = build_regime(RegimeConfig(lr=0.5, weight_decay=0.25), default="vgg-cifar").at(Clock(0, 1, 80))
     assert (settings["lr"], settings["weight_decay"]) == (0.5, 0.25)
     with pytest.raises(UserError, match=r"regime\.lr and regime\.weight_decay: can only change a named regime"):

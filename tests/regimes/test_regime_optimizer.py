@@ -135,6 +135,7 @@ CASES = [({"optimizer": name}, {}) for name in optimizer_names()]
 CASES += [
     ({"optimizer": "SGD", "momentum": 0.9, "nesterov": True}, {"momentum": 0.5}),
     ({"optimizer": "RMSprop", "momentum": 0.9, "centered": True}, {"reset": True}),
+    ({"optimizer": "RMSprop"}, {"centered": True}),
     ({"optimizer": "AdamW", "amsgrad": True, "fused": True}, {}),
     ({"optimizer": "SGD", "momentum": 0.9}, {"optimizer": "AdamW"}),
     ({"optimizer": "Adam", "betas": [0.8, 0.9]}, {"optimizer": "SGD", "momentum": 0.9}),
@@ -142,7 +143,7 @@ CASES += [
 
 
 @pytest.mark.parametrize(("first", "second"), CASES)
-@pytest.mark.parametrize("cut", [2, 4, 5, 7])
+@pytest.mark.parametrize("cut", [4, 5, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_run_that_was_cut_goes_on_to_the_bit(first, second, cut, dtype):
     regime = Regime([{"lr": 0.02, **first}, {"step": 5, "lr": 0.01, **second}])

@@ -77,7 +77,9 @@ def test_a_page_without_plots_has_no_scripts() -> None:
 
 def test_a_page_loads_nothing() -> None:
     read = Reader(page("title", "", [], ["let a;"]).decode())
-    addresses = [value for _, attributes in read.elements for key, value in attributes.items() if key in ("src", "href")]
+    addresses = [
+        value for _, attributes in read.elements for key, value in attributes.items() if key in ("src", "href")
+    ]
     assert addresses == ["data:,"]
 
 

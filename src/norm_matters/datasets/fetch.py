@@ -42,6 +42,6 @@ def download(class_name: str, folder: Path, **options: str) -> None:
     try:
         getattr(torchvision.datasets, class_name)(str(folder), download=True, **options)
     except (URLError, ConnectionError, TimeoutError, RuntimeError, EOFError) as error:
-        raise UserError(f"--download: {class_name} could not be fetched: {error}") from error
+        raise UserError(f"--download: {class_name} could not be fetched: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise StorageError(f"--download: {folder} cannot be written: {error.strerror or error}") from error

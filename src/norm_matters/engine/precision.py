@@ -68,7 +68,7 @@ class LossScale:
     def unscale(self, gradients: Iterable[Tensor]) -> bool:
         """Divide the gradients by the scale, in place, and tell whether all of them are finite."""
         gradients = list(gradients)
-        torch._foreach_div_(gradients, self.scale)
+        torch._foreach_div_(gradients, self.scale)  # pyright: ignore[reportPrivateImportUsage]
         finite = [torch.isfinite(gradient).all() for gradient in gradients]
         return bool(torch.stack(finite).all()) if finite else True
 

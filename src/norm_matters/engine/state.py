@@ -68,7 +68,8 @@ class TrainingState:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """The network as a state_dict of full-precision tensors: masters stand in for the weights rounded from them."""
-        return {name: self.masters.get(name, tensor).detach() for name, tensor in self.module.state_dict().items()}
+        weights: dict[str, Tensor] = self.module.state_dict() | self.masters
+        return {name: tensor.detach() for name, tensor in weights.items()}
 
     def training_tensors(self) -> dict[str, Tensor]:
         """Optimizer and random state, by `optimizer/...` and `rng/...`."""

@@ -15,7 +15,7 @@ from norm_matters.models import MODELS, weights
 from norm_matters.models.entry import Network, read_options
 from norm_matters.models.libraries import LIBRARIES, build_library_model, check_library_model
 from norm_matters.models.user_file import describe_error, load_user_model
-from norm_matters.norms import canonical_spec, convert_norm, has_spec, name_norms, norm_factory
+from norm_matters.norms import canonical_spec, convert_norm, has_spec, name_norms, norm_factory, norms_of, spec_of
 
 _SMALL = 64
 """Images up to this side are padded and cropped in training; larger ones get crops of random size and shape."""
@@ -209,7 +209,8 @@ def _convert(config: ModelConfig, module: nn.Module) -> int:
     try:
         return convert_norm(module, config.norm, stats_dtype=config.norm_precision).count
     except ValueError as error:
-        if _has_norm(module, config.norm):
+        ours = all(spec_of(layer) is not None for _, layer in norms_of(module))
+        if ours and _has_norm(module, config.norm):
             return 0  # nothing to convert, since the file built the norm itself
         raise UserError(f"model.norm: '{config.norm}': {error}") from error
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from norm_matters.core.errors import UserError, nearest
 
@@ -34,6 +34,7 @@ def read_options(build: Callable[..., nn.Module], options: Mapping[str, Any]) ->
     """
     parameters = inspect.signature(build).parameters
     known = [name for name in parameters if name not in _COMMON]
+    values: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in options.items():
         if name not in known:
@@ -41,13 +42,15 @@ def read_options(build: Callable[..., nn.Module], options: Mapping[str, Any]) ->
             problems.append(f"model.options.{name}: unknown option{hint}")
             continue
         try:
-            TypeAdapter(parameters[name].annotation, config=ConfigDict(strict=True)).validate_python(value)
+            values[name] = TypeAdapter(parameters[name].annotation, config=ConfigDict(strict=True)).validate_python(
+                value
+            )
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             problems.append(f"model.options.{name}: value '{value}' is not valid: {reason[0].lower()}{reason[1:]}")
     if problems:
         raise UserError(*problems)
-    return dict(options)
+    return values
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,10 @@ class ModelEntry:
 
 
 class Network(nn.Module):
-    """A network of ours: images (N, C, H, W) to scores (N, classes).
+    """Base of the networks of ours: images (N, C, H, W) to scores (N, classes).
 
     Attributes:
         min_input_size: side in pixels of the smallest square image that leaves a value to every layer.
     """
 
     min_input_size: int
-
-    def forward(self, images_nchw: Tensor) -> Tensor:
-        """Scores (N, classes) of the images (N, C, H, W)."""
-        raise AssertionError("each network defines its own")  # pragma: no cover

@@ -15,14 +15,10 @@ from functools import cache
 from statistics import NormalDist
 
 import numpy as np
+import torch
 
 # Below this the approximation above is poor: the definition is averaged over fixed draws instead.
 _FEW = 32
-
-
-def l1_constant() -> float:
-    """`sqrt(pi/2)`: a Gaussian's mean absolute deviation is sigma sqrt(2/pi)."""
-    return math.sqrt(math.pi / 2)
 
 
 def paper_moment_constant(p: float) -> float:
@@ -36,6 +32,7 @@ def paper_extreme_constant(n: int) -> float:
     return (1 + math.sqrt(math.pi * math.log(4))) / (2 * math.sqrt(2 * math.log(n)))
 
 
+@torch.compiler.assume_constant_result
 @cache
 def moment_constant(n: int, p: float) -> float:
     """The calibrated constant for `(mean |d|^p)^(1/p)` of n deviations; its limit for large n is the paper's.
@@ -61,6 +58,7 @@ def moment_constant(n: int, p: float) -> float:
     return math.sqrt((n - 3) / (n - 1) * mean_inverse)
 
 
+@torch.compiler.assume_constant_result
 @cache
 def extreme_constant(n: int, k: int) -> float:
     """The calibrated constant for the mean of the k largest of n deviations.

@@ -1,26 +1,30 @@
 """L1 batch norm: sigma from the mean absolute deviation (Hoffer et al. 2018)."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from norm_matters.norms.constants import l1_constant
-from norm_matters.norms.scale import Extras, ScaleNorm, channel_count, channel_sum
+from norm_matters.norms.scale import Deviations, Measure, ScaleNorm, channel_sum
 
 
 @dataclass(frozen=True)
 class L1Statistic:
     """sigma = constant * mean|d|; its derivative is the sign of d, 0 at 0."""
 
+    n: int
     constant: float
 
-    def measure(self, d: Tensor) -> tuple[Tensor, Extras]:
+    def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`."""
-        return channel_sum(d.abs_()) * (self.constant / channel_count(d)), ()
+        total = torch.stack([channel_sum(d.abs_()) for d in deviations()]).sum(0)
+        gain = self.constant / self.n
+        return Measure(total * gain, torch.full_like(total, gain))
 
-    def slope(self, d: Tensor, sigma: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
+    def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """See `Statistic`."""
-        return d.sign_(), sigma.new_full(sigma.shape, self.constant / channel_count(d))
+        return d.sign_()
 
 
 class L1Norm(ScaleNorm):
@@ -31,6 +35,12 @@ class L1Norm(ScaleNorm):
 
     name = "l1"
 
-    def statistic(self, n: int) -> L1Statistic:
+    def calibrated_constant(self, n: int) -> float:
         """See `ScaleNorm`."""
-        return L1Statistic(l1_constant() if isinstance(self.constant, str) else self.constant)
+        return math.sqrt(math.pi / 2)
+
+    paper_constant = calibrated_constant
+
+    def statistic(self, n: int, constant: float) -> L1Statistic:
+        """See `ScaleNorm`."""
+        return L1Statistic(n, constant)

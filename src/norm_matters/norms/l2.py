@@ -6,21 +6,25 @@ import torch
 from torch import Tensor
 
 from norm_matters.norms.base import BatchwiseNorm
-from norm_matters.norms.scale import Extras, accumulator, channel_count, channel_sum, normalise_by
+from norm_matters.norms.scale import Deviations, Measure, accumulator, channel_count, channel_sum, normalise_by
 
 
 @dataclass(frozen=True)
 class L2Statistic:
-    """sigma = sqrt(mean d^2), the squares kept in the dtype of d; for statistics in the input's precision."""
+    """sigma = sqrt(mean d^2), the squares kept in the dtype of d: for statistics in the input's precision."""
 
-    def measure(self, d: Tensor) -> tuple[Tensor, Extras]:
+    n: int
+
+    def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the variance is rounded to the dtype of d, as the squares are."""
-        var = (channel_sum(d.square_()) / channel_count(d)).to(d.dtype)
-        return var.to(accumulator(d)).sqrt(), ()
+        squares = [d.square_() for d in deviations()]
+        total = torch.stack([channel_sum(square) for square in squares]).sum(0)
+        sigma = (total / self.n).to(squares[0].dtype).to(total.dtype).sqrt()
+        return Measure(sigma, torch.where(sigma == 0, 0, 1 / (self.n * sigma)))
 
-    def slope(self, d: Tensor, sigma: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
+    def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """See `Statistic`."""
-        return d, torch.where(sigma == 0, 0, 1 / (sigma * channel_count(d)))
+        return d
 
 
 class L2Norm(BatchwiseNorm):
@@ -38,7 +42,7 @@ class L2Norm(BatchwiseNorm):
         weight, bias = self.affine_in(dtype)
         n = channel_count(x)
         if self.compute_dtype(x) != dtype:
-            y, mean, var = normalise_by(x, weight, bias, eps=self.eps, statistic=L2Statistic(), dtype=x.dtype)
+            y, mean, var = normalise_by(x, weight, bias, eps=self.eps, statistic=L2Statistic(n), dtype=x.dtype)
             return y, mean, var * (n / (n - 1))
         # torch's kernel writes running statistics itself: it writes them here, with momentum 1, and the base class
         # commits them if they are finite.

@@ -1,5 +1,7 @@
 """Linf batch norm: sigma from the largest deviation (Hoffer et al. 2018)."""
 
+from operator import index
+
 from norm_matters.norms.constants import extreme_constant, paper_extreme_constant
 from norm_matters.norms.scale import ScaleNorm
 from norm_matters.norms.topk import TopKStatistic
@@ -10,10 +12,14 @@ class LinfNorm(ScaleNorm):
 
     name = "linf"
 
-    def statistic(self, n: int) -> TopKStatistic:
+    def calibrated_constant(self, n: int) -> float:
         """See `ScaleNorm`."""
-        if isinstance(self.constant, str):
-            constant = paper_extreme_constant(n) if self.constant == "paper" else extreme_constant(n, 1)
-        else:
-            constant = self.constant
+        return extreme_constant(index(n), 1)
+
+    def paper_constant(self, n: int) -> float:
+        """See `ScaleNorm`."""
+        return paper_extreme_constant(n)
+
+    def statistic(self, n: int, constant: float) -> TopKStatistic:
+        """See `ScaleNorm`."""
         return TopKStatistic(constant, 1)

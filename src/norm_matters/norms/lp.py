@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from norm_matters.norms.base import all_but_channels, per_channel
+from norm_matters.norms.base import per_channel
 from norm_matters.norms.constants import moment_constant, paper_moment_constant
-from norm_matters.norms.scale import SCALE_OPTIONS, Extras, ScaleNorm, accumulator, channel_count, channel_sum
+from norm_matters.norms.scale import SCALE_OPTIONS, Deviations, Measure, ScaleNorm, channel_sum
 from norm_matters.norms.spec import Option
 
 
@@ -20,29 +21,26 @@ class LpStatistic:
     Powers are taken of |d| over its maximum, so that they neither overflow nor vanish, whatever the scale of d.
     """
 
+    n: int
     constant: float
     p: float
 
-    def measure(self, d: Tensor) -> tuple[Tensor, Extras]:
-        """See `Statistic`; the extras are the largest |d| and the mean of the scaled powers."""
-        largest = d.abs_().amax(all_but_channels(d))
-        power_mean = channel_sum(_relative(d, largest).pow_(self.p)) / channel_count(d)
-        largest = largest.to(accumulator(d))
-        return self.constant * largest * power_mean.pow(1 / self.p), (largest, power_mean)
+    def measure(self, deviations: Deviations) -> Measure:
+        """See `Statistic`; the extra is the largest |d|, or 1 in a channel of zeros."""
+        largest = torch.stack([d.abs_().amax(0).amax(tuple(range(1, d.dim() - 1))) for d in deviations()]).amax(0)
+        largest = torch.where(largest == 0, 1, largest)
+        powers = (d.abs_().div_(per_channel(largest, d)).pow_(self.p) for d in deviations())
+        mean = torch.stack([channel_sum(power) for power in powers]).sum(0) / self.n
+        sigma = self.constant * largest * mean.pow(1 / self.p)
+        # A channel of zeros has no slope; 0^(1/p - 1) would make it infinite.
+        gain = torch.where(mean == 0, 0, mean.pow(1 / self.p - 1)) * (self.constant / self.n)
+        return Measure(sigma, gain, (largest,))
 
-    def slope(self, d: Tensor, sigma: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
+    def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """See `Statistic`."""
-        largest, power_mean = extras
+        (largest,) = extras
         sign = d.sign()
-        u = _relative(d.abs_(), largest.to(d.dtype)).pow_(self.p - 1).mul_(sign)
-        # A constant channel has no slope; 0^(1/p - 1) would make it NaN.
-        gain = torch.where(power_mean == 0, 0, power_mean.pow(1 / self.p - 1))
-        return u, gain * (self.constant / channel_count(d))
-
-
-def _relative(size: Tensor, largest: Tensor) -> Tensor:
-    """Divide |d| by its largest in each channel, in place; 0 in a channel of zeros."""
-    return size.div_(per_channel(torch.where(largest == 0, 1, largest), size))
+        return d.abs_().div_(per_channel(largest, d)).pow_(self.p - 1).mul_(sign)
 
 
 class LpNorm(ScaleNorm):
@@ -61,10 +59,14 @@ class LpNorm(ScaleNorm):
     }
     p: float
 
-    def statistic(self, n: int) -> LpStatistic:
-        """See `ScaleNorm`; the paper's constant is the calibrated one's limit for large n."""
-        if isinstance(self.constant, str):
-            constant = paper_moment_constant(self.p) if self.constant == "paper" else moment_constant(n, self.p)
-        else:
-            constant = self.constant
-        return LpStatistic(constant, self.p)
+    def calibrated_constant(self, n: int) -> float:
+        """See `ScaleNorm`."""
+        return moment_constant(index(n), self.p)
+
+    def paper_constant(self, n: int) -> float:
+        """See `ScaleNorm`; the limit of the calibrated one for large n."""
+        return paper_moment_constant(self.p)
+
+    def statistic(self, n: int, constant: float) -> LpStatistic:
+        """See `ScaleNorm`."""
+        return LpStatistic(n, constant, self.p)

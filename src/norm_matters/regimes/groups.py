@@ -3,7 +3,7 @@
 | kind | parameters |
 |---|---|
 | `name:REGEX` | those in whose full name (`layer1.0.conv1.weight`) the expression is found |
-| `last` | weight and bias of the last layer: the one with the last parameter of two or more dimensions |
+| `last` | weight and bias of the last layer: the last one, norms aside, with a parameter of two or more dimensions |
 | `norm` | those of normalisation layers, their biases included |
 | `bias` | all others called `bias` |
 
@@ -40,7 +40,8 @@ def group_parameters(module: nn.Module, names: Sequence[str], kinds: Sequence[st
     for kind in patterns:
         if not members[kind]:
             raise UserError(f"the regime's group '{kind}' fits no parameter of the network")
-    members |= {"last": _last_layer(module), "norm": _norm_parameters(module)}
+    members["norm"] = _norm_parameters(module)
+    members["last"] = _last_layer(module, members["norm"])
     members["bias"] = {name for name in names if name.rpartition(".")[2] == "bias"}
     order = [*patterns, *(kind for kind in ("last", "norm", "bias") if kind in kinds)]
     groups: dict[str, list[str]] = {REST: [], **{kind: [] for kind in order}}
@@ -51,9 +52,10 @@ def group_parameters(module: nn.Module, names: Sequence[str], kinds: Sequence[st
     return {kind: group for kind, group in groups.items() if group}
 
 
-def _last_layer(module: nn.Module) -> set[str]:
-    weights = [name for name, parameter in module.named_parameters() if parameter.ndim >= 2]
-    return {name for name, _ in module.named_parameters() if weights and _layer(name) == _layer(weights[-1])}
+def _last_layer(module: nn.Module, norms: set[str]) -> set[str]:
+    others = {name: parameter for name, parameter in module.named_parameters() if name not in norms}
+    layers = [_layer(name) for name, parameter in others.items() if parameter.ndim >= 2]
+    return {name for name in others if _layer(name) in layers[-1:]}
 
 
 def _layer(name: str) -> str:

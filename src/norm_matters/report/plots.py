@@ -7,8 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from bokeh.document import Document
 from bokeh.embed import components
-from bokeh.models import ColumnDataSource, DataRange1d, DataRenderer, HoverTool, LogTickFormatter, Range1d
+from bokeh.models import (
+    ColumnDataSource,
+    DataRange1d,
+    DataRenderer,
+    HoverTool,
+    Line,
+    LogTickFormatter,
+    Range1d,
+    Scatter,
+    VArea,
+)  # fmt: skip
 from bokeh.models.tickers import BasicTicker
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -105,6 +116,10 @@ def draw(panels: Sequence[Panel]) -> tuple[list[Html], list[str]]:
     margin = 0.5 if last == 1 else 0.02 * last
     epochs = Range1d(start=1 - margin, end=last + margin, bounds=(1 - margin, last + margin))
     plots = [_plot(panel, epochs) for panel in panels]
+    document = Document()
+    with document.models.freeze():  # else bokeh looks through all models once per plot
+        for plot in plots:
+            document.add_root(plot)
     script, divs = components(plots, wrap_script=False)
     elements = [
         tag("figure", tag("h3", _title(panel)), Html(div), class_="panel")
@@ -173,8 +188,8 @@ def _draw_curve(plot: figure, curve: Curve, *, dotted: bool) -> DataRenderer:
     finite = np.isfinite(curve.values)
     values = np.where(finite, curve.values, np.nan)
     # A value between two gaps has no line: without a dot it would not be seen.
-    edges = np.concatenate([[False], finite, [False]])
-    lonely = finite & ~edges[:-2] & ~edges[2:]
+    beside = np.concatenate([[False], finite, [False]])
+    lonely = finite & ~beside[:-2] & ~beside[2:]
     source = ColumnDataSource(
         {
             "epoch": curve.epochs,
@@ -184,12 +199,18 @@ def _draw_curve(plot: figure, curve: Curve, *, dotted: bool) -> DataRenderer:
             "label": [series.label] * count,
         }
     )
+    # Glyphs are added one by one because `plot.line()` would make three more, for selections, that nobody sees.
     if curve.low is not None and curve.high is not None:
-        plot.varea(x=curve.epochs, y1=curve.low, y2=curve.high, color=series.colour, alpha=0.18, name=series.key)
-    style = {"source": source, "color": series.colour, "name": series.key}
-    line = plot.line("epoch", "value", line_width=2, line_dash=list(series.dash), **style)
-    dots = plot.scatter("epoch", "dot", size=5, **style)
-    return line if count > 1 else dots
+        edges = ColumnDataSource({"epoch": curve.epochs, "low": curve.low, "high": curve.high})
+        band = VArea(x="epoch", y1="low", y2="high", fill_color=series.colour, fill_alpha=0.18)
+        plot.add_glyph(edges, band, name=series.key)
+    line = Line(x="epoch", y="value", line_color=series.colour, line_width=2, line_dash=list(series.dash))
+    dots = Scatter(x="epoch", y="dot", size=5, line_color=series.colour, fill_color=series.colour)
+    lines = plot.add_glyph(source, line, name=series.key)
+    if not dotted and not lonely.any():
+        return lines
+    scattered = plot.add_glyph(source, dots, name=series.key)
+    return lines if count > 1 else scattered
 
 
 def _style(plot: figure) -> None:

@@ -1,0 +1,242 @@
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from norm_matters.core.errors import UserError
+from norm_matters.core.seeding import seed_everything
+from norm_matters.datasets import EncodedImages, Loader, ResidentImages
+from norm_matters.transforms.batch import normalise
+from norm_matters.transforms.image import to_pixels
+from norm_matters.transforms.preprocessing import Preprocessing
+
+PLAN = Preprocessing(3, 8, (0.5,) * 3, (0.2,) * 3, "pad", 2, True, 8)
+
+
+def resident(count: int = 50) -> ResidentImages:
+    pixels = torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator())
+    return ResidentImages(pixels, np.arange(count) % 7, title="made up")
+
+
+def encoded(folder: Path, count: int = 20) -> EncodedImages:
+    names = [f"{i:03}.png" for i in range(count)]
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 256, (10 + i % 3, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return EncodedImages(names, np.arange(count) % 3, root=folder)
+
+
+def own_transform(image: Image.Image) -> Tensor:
+    """Draws from all three global streams, as a user's may."""
+    noise = random.random() + float(np.random.rand()) + torch.rand(3, 8, 8)
+    return to_pixels(image.resize((8, 8))) / 255 + noise
+
+
+def hasty_transform(image: Image.Image) -> Tensor:
+    raise KeyError("nothing here")
+
+
+def same(first, second) -> bool:
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and np.array_equal(a.indices, b.indices)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 99), epoch=st.integers(0, 9))
+def test_every_image_once_per_epoch(count, batch_size, seed, epoch):
+    images = resident(count)
+    train = Loader(images, PLAN, batch_size=batch_size, train=True, seed=seed)
+    batches = list(train.epoch(epoch))
+    assert len(batches) == len(train) == max(1, count // batch_size)
+    seen = np.concatenate([b.indices for b in batches])
+    assert len(seen) == len(set(seen)) == (count if count < batch_size else count // batch_size * batch_size)
+    assert {len(b.images) for b in batches} == {min(batch_size, count)}
+
+    val = Loader(images, PLAN, batch_size=batch_size, train=False, seed=seed)
+    batches = list(val.epoch(epoch))
+    assert len(batches) == len(val)
+    assert np.concatenate([b.indices for b in batches]).tolist() == list(range(count))
+    assert torch.equal(torch.cat([b.images for b in batches]), normalise(images.pixels, PLAN, torch.channels_last))
+    for batch in batches:
+        assert batch.labels.tolist() == images.labels[batch.indices].tolist()
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    images = resident()
+    orders = {
+        (seed, epoch): tuple(Loader(images, PLAN, batch_size=8, train=True, seed=seed).order(epoch))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+    loader = Loader(images, PLAN, batch_size=8, train=True, seed=0)
+    list(loader.epoch(5))
+    assert tuple(loader.order(1)) == orders[0, 1]
+
+
+def test_what_happens_to_an_image_depends_on_seed_epoch_and_index():
+    images = resident()
+
+    def by_index(batch_size, **changes):
+        options = {"seed": 0, "epoch": 0} | changes
+        loader = Loader(images, PLAN, batch_size=batch_size, train=True, seed=options["seed"])
+        return {int(i): x for b in loader.epoch(options["epoch"]) for i, x in zip(b.indices, b.images, strict=True)}
+
+    first, other_size = by_index(50), by_index(10)
+    assert all(torch.equal(first[i], other_size[i]) for i in range(50))
+    for changed in (by_index(50, seed=1), by_index(50, epoch=1)):
+        assert sum(torch.equal(first[i], changed[i]) for i in range(50)) < 10
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6])
+def test_starting_in_the_middle_of_an_epoch(start):
+    loader = Loader(resident(), PLAN, batch_size=8, train=True, seed=0)
+    assert same(list(loader.epoch(3))[start:], list(loader.epoch(3, start=start)))
+
+
+@pytest.mark.parametrize("kind", ["resident", "encoded", "inception", "own"])
+def test_workers_change_nothing(tmp_path, kind):
+    images = resident() if kind == "resident" else encoded(tmp_path)
+    plan = Preprocessing.from_json({**PLAN.to_json(), "crop": "inception", "pad": 0}) if kind == "inception" else PLAN
+
+    def run(workers, train):
+        transform = own_transform if kind == "own" else None
+        loader = Loader(images, plan, batch_size=6, train=train, seed=4, workers=workers, transform=transform)
+        return [batch for epoch in range(2) for batch in loader.epoch(epoch)]
+
+    for train in (True, False):
+        expected = run(0, train)
+        assert same(expected, run(1, train))
+        assert same(expected, run(2, train))
+    # Evaluation is the same at every epoch, also with a transform that draws.
+    assert same(expected[: len(expected) // 2], expected[len(expected) // 2 :])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_streams_are_left_alone(tmp_path, workers):
+    images = encoded(tmp_path)
+    seed_everything(3)
+    expected = random.random(), np.random.rand(), torch.rand(())
+    seed_everything(3)
+    for transform in (None, own_transform):
+        loader = Loader(images, PLAN, batch_size=6, train=True, seed=0, workers=workers, transform=transform)
+        list(loader.epoch(0))
+    assert (random.random(), np.random.rand(), torch.rand(())) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_leaving_an_epoch_early_disturbs_no_later_one(workers):
+    loader = Loader(resident(), PLAN, batch_size=5, train=True, seed=0, workers=workers)
+    expected = list(Loader(resident(), PLAN, batch_size=5, train=True, seed=0).epoch(1))
+    epoch = loader.epoch(0)
+    next(epoch), next(epoch)
+    epoch.close()
+    assert same(loader.epoch(1), expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("transform", [None, own_transform])
+def test_batches_have_the_layout_asked_for(memory_format, transform):
+    loader = Loader(
+        resident(), PLAN, batch_size=5, train=True, seed=0, memory_format=memory_format, transform=transform
+    )
+    batch = next(loader.epoch(0))
+    assert batch.images.is_contiguous(memory_format=memory_format)
+    assert (batch.images.dtype, batch.labels.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_line_from_any_process(tmp_path, workers):
+    images = encoded(tmp_path)
+    (tmp_path / "013.png").write_bytes(b"broken")
+    loader = Loader(images, PLAN, batch_size=6, train=False, seed=0, workers=workers)
+    batches = loader.epoch(0)
+    next(batches), next(batches)
+    with pytest.raises(UserError, match=r"013\.png: no image") as caught:
+        next(batches)
+    assert len(caught.value.problems) == 1
+    assert "\n" not in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failing_transform_is_named_with_image_and_line(workers):
+    loader = Loader(resident(), PLAN, batch_size=6, train=True, seed=0, workers=workers, transform=hasty_transform)
+    with pytest.raises(UserError, match=r"input_transform .*made up, image \d+: KeyError: .*test_loader\.py:\d+"):
+        next(loader.epoch(0))
+
+
+def test_a_transform_that_gives_different_shapes_is_refused(tmp_path):
+    loader = Loader(encoded(tmp_path), PLAN, batch_size=6, train=False, seed=0, transform=to_pixels)
+    with pytest.raises(UserError, match="different shapes"):
+        next(loader.epoch(0))
+
+
+def worker_pids(loader: Loader) -> list[int]:
+    iterator = loader._reader._iterator
+    assert iterator is not None
+    return [worker.pid for worker in iterator._workers]  # type: ignore[attr-defined]
+
+
+def test_ctrl_c_leaves_workers_alone():
+    images = resident(400)
+    loader = Loader(images, PLAN, batch_size=5, train=True, seed=0, workers=2)
+    batches = loader.epoch(0)
+    got = [next(batches)]
+    for pid in worker_pids(loader):
+        os.kill(pid, signal.SIGINT)
+    got += batches
+    assert same(got, Loader(images, PLAN, batch_size=5, train=True, seed=0).epoch(0))
+
+
+def test_a_killed_worker_is_a_clear_error():
+    loader = Loader(resident(400), PLAN, batch_size=5, train=True, seed=0, workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    os.kill(worker_pids(loader)[0], signal.SIGKILL)
+    with pytest.raises(UserError, match=r"data\.workers: 1: DataLoader worker .* try fewer") as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stopped_worker_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr("norm_matters.datasets.loader.WORKER_TIMEOUT", 1)
+    loader = Loader(resident(400), PLAN, batch_size=5, train=True, seed=0, workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    (pid,) = worker_pids(loader)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(UserError, match=r"timed out"):
+            list(batches)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_more_workers_than_cores_is_no_warning(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    Loader(resident(), PLAN, batch_size=5, train=True, seed=0, workers=3)
+
+
+def test_cifar_sized_batches_are_fast_enough():
+    import time
+
+    pixels = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)
+    plan = Preprocessing(3, 32, (0.5,) * 3, (0.2,) * 3, "pad", 4, True, 32)
+    images = ResidentImages(pixels, np.zeros(2000), title="blank")
+    loader = Loader(images, plan, batch_size=128, train=True, seed=0)
+    times, start = [], time.perf_counter()
+    for _ in loader.epoch(0):
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    # 3 ms on one core of 2024; the bound is for a loaded machine.
+    assert min(times) < 0.01
