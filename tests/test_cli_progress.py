@@ -56,6 +56,16 @@ def test_a_terminal_gets_a_bar_with_time_left_speed_loss_and_error(monkeypatch: 
     assert "12,346 images/s, loss 0.1235, error 4.50%, val error 6.25%" in final
 
 
+def test_the_bar_counts_the_epochs_of_the_whole_run() -> None:
+    done = []
+    with ConsoleProgress(Terminal()) as progress:
+        for event in EVENTS:
+            progress(event)
+            (task,) = progress._bar.tasks  # type: ignore[union-attr]
+            done.append((task.completed, task.total))
+    assert done == [(0, 3), (0.5, 3), (1.5, 3), (2, 3)]
+
+
 def test_the_bar_is_taken_down_at_the_end() -> None:
     # As after an error: the last event is in the middle of an epoch.
     stream = Terminal()

@@ -244,6 +244,7 @@ def test_an_output_below_a_file_is_a_storage_error(place: Path, capsys: pytest.C
     assert everything_in(place) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_storage_error_and_leaves_the_last_checkpoint(
     command: Callable, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

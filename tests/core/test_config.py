@@ -200,6 +200,7 @@ def test_phases_stand_alone(other: str) -> None:
         ("model: 3", ["model: value 3", "a mapping of settings"]),
         ("model: {nrom: l1}", ["model.nrom: unknown key", "did you mean 'model.norm'?"]),
         ("norm: l1", ["norm: unknown key", "did you mean 'model.norm'?"]),
+        ("model.norm: l1", ["model.norm: unknown key", "write model: and below it norm:"]),
         ('"a\\nb": 1', ["'a\\nb': unknown key"]),
         ("data: {download: on}", ["data.download: value 'on'"]),
         ("output: !!python/name:os.system x", ["line 1", "tags"]),
@@ -220,8 +221,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "large.yaml: larger than" in problems(file=tmp_path / "large.yaml")[0]
 
 
-def test_an_empty_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
+def test_an_empty_file_or_section_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "")) == RunConfig()
+    assert load_config(write(tmp_path, "model:\ntrain:\n")) == RunConfig()
     assert load_config(write(tmp_path, "\ufeffseed: 3")).seed == 3
 
 
@@ -258,6 +260,10 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     ]
     assert "model.name: unknown 'resnt20'; did you mean 'resnet20'?" in found
     assert "output: never here" in found
+
+
+def test_a_file_with_thousands_of_mistakes_is_answered_at_once(tmp_path: Path) -> None:
+    assert len(problems(file=write(tmp_path, "".join(f"key{i}: {i}\n" for i in range(5_000))))) == 50
 
 
 def test_checks_see_defaults_and_given_values() -> None:

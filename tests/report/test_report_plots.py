@@ -24,13 +24,14 @@ def sources(panel: Panel) -> list[dict[str, list]]:
     from bokeh.models import Line, Range1d
 
     plot = plot_panel(panel, Range1d(start=0, end=9))
-    return [renderer.data_source.data for renderer in plot.renderers if isinstance(renderer.glyph, Line)]
+    lines = [renderer for renderer in plot.renderers if renderer.name and isinstance(renderer.glyph, Line)]
+    return [line.data_source.data for line in lines]
 
 
 def test_values_that_are_not_finite_are_gaps() -> None:
     (data,) = sources(a_panel([1.0, math.inf, NAN, -math.inf, 2.0]))
     np.testing.assert_equal(data["value"], [1.0, NAN, NAN, NAN, 2.0])
-    assert list(data["text"]) == ["1", "inf", "nan", "-inf", "2"]
+    assert list(data["text"]) == [f"run 0: {text}" for text in ("1", "inf", "nan", "-inf", "2")]
 
 
 def test_few_points_have_dots_and_of_many_only_the_lonely_ones() -> None:

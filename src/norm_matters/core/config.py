@@ -29,6 +29,9 @@ OPTION_KEYS: dict[str, str] = {
 }
 """Name of a common command-line option -> the dotted key it sets."""
 
+MAX_PROBLEMS = 50
+"""How many of a file's mistakes are told: one that is no configuration at all may have thousands."""
+
 
 def _plain(value: Any) -> Any:
     """The value as config.yaml gives it back (tuples are lists there); ValueError for what it cannot hold."""
@@ -206,7 +209,7 @@ def _read_text(file: Path) -> str:
     """The text of a configuration file; UserError where it cannot be read or is no UTF-8 text."""
     try:
         with file.open("rb") as stream:
-            return stream.read(MAX_BYTES + 1).decode("utf-8-sig")
+            return stream.read(MAX_BYTES + 1).decode()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError:
@@ -263,7 +266,7 @@ def _get(tree: dict[str, Any], key: str, *, default: Any) -> Any:
 def _explain(error: ValidationError) -> dict[str, str]:
     """Wrong key -> line that says what is wrong with its value. The first problem of a key counts."""
     lines: dict[str, str] = {}
-    for detail in error.errors(include_url=False):
+    for detail in error.errors(include_url=False)[:MAX_PROBLEMS]:
         path = [str(part) for part in detail["loc"]]
         dotted = [".".join(path[:length]) for length in range(1, len(path) + 1)]
         # Behind a field, pydantic goes on with the branch of a union, or with the place within a value.
@@ -294,6 +297,9 @@ def _valid(key: str, value: Any) -> str:
 
 def _suggest(key: str) -> str:
     """A hint at the key that was probably meant."""
+    if key in _FIELDS:  # the whole of 'model.norm' as one key of a file
+        section, _, name = key.partition(".")
+        return f"; in a file, write {section}: and below it {name}:"
     last = key.rpartition(".")[2].replace("-", "_")
     same = [OPTION_KEYS[last]] if last in OPTION_KEYS else [name for name in _FIELDS if name.split(".")[-1] == last]
     by_name = f"; did you mean '{same[0]}'?" if same else ""

@@ -5,6 +5,7 @@ here draws from the global random streams, so evaluating, or reading ahead, chan
 """
 
 import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -111,24 +112,34 @@ class Loader:
         self._work[:] = [(epoch, chunk) for chunk in chunks]
         results = iter(self._reader)
         for chunk in chunks:
-            yield self._finish(self._next(results), epoch, chunk)
+            try:
+                batch = self._finish(next(results), epoch, chunk)
+            except RuntimeError as error:
+                # torch's words for a worker that was killed, and for one that hangs.
+                if not str(error).startswith("DataLoader "):
+                    raise
+                self._kill_workers()
+                reason = str(error).splitlines()[0]
+                raise UserError(f"data.workers: {self.workers}: {reason}; try fewer workers") from error
+            yield batch
 
-    def _next(self, results: Iterator[Any]) -> Tensor:
-        try:
-            result = next(results)
-        except RuntimeError as error:
-            # torch's words for a worker that was killed, and for one that hangs.
-            if not str(error).startswith("DataLoader "):
-                raise
-            reason = str(error).splitlines()[0]
-            raise UserError(f"data.workers: {self.workers}: {reason}; try fewer workers") from error
+    def _kill_workers(self) -> None:
+        """Clear away what is left of the workers: a stopped one would keep this process from ever ending."""
+        iterator: Any = self._reader._iterator
+        # torch answers each worker's end with an exception out of nowhere as long as it counts as running.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
+        for worker in iterator._workers:
+            worker.kill()
+        iterator._shutdown_workers()
+        if in_main_thread:
+            signal.signal(signal.SIGCHLD, handler)
+
+    def _finish(self, result: "np.ndarray | _Failure", epoch: int, indices: np.ndarray) -> Batch:
         if isinstance(result, _Failure):
             raise UserError(*result.problems)
-        return result
-
-    def _finish(self, pixels: Tensor, epoch: int, indices: np.ndarray) -> Batch:
-        labels = torch.from_numpy(self.images.labels[indices]).to(self.device, non_blocking=True)
-        pixels = pixels.to(self.device, non_blocking=True)
+        labels = torch.from_numpy(self.images.labels[indices]).to(self.device)
+        pixels = torch.from_numpy(result).to(self.device)
         if self.transform is not None:
             return Batch(pixels.contiguous(memory_format=self.memory_format), labels, indices)
         if self.train:
@@ -146,7 +157,6 @@ class Loader:
                 sampler=self._work,
                 num_workers=self.workers,
                 collate_fn=_identity,
-                pin_memory=self.device.type == "cuda",
                 timeout=WORKER_TIMEOUT if self.workers else 0,
                 worker_init_fn=_start_worker,
                 # Of its own: otherwise each epoch takes a number from the global stream.
@@ -166,7 +176,11 @@ class _Failure:
 
 
 class _Reader(MapDataset[Any]):
-    """Reads the images of one batch; stateless, so that it makes no difference which process does it."""
+    """Reads the images of one batch; stateless, so that it makes no difference which process does it.
+
+    What a worker returns are arrays, which travel through a pipe: tensors would go through /dev/shm, which is small in
+    containers, and need the worker's help to be opened, for which torch waits without a limit.
+    """
 
     def __init__(
         self, images: Images, preprocessing: Preprocessing, *, train: bool, seed: int, transform: Transform | None
@@ -177,12 +191,12 @@ class _Reader(MapDataset[Any]):
         self.seed = seed
         self.transform = transform
 
-    def __getitem__(self, item: _Item) -> Tensor | _Failure:
+    def __getitem__(self, item: _Item) -> np.ndarray | _Failure:
         epoch, indices = item
         try:
             if isinstance(self.images, ResidentImages) and self.transform is None:
-                return self.images.pixels[torch.from_numpy(indices)]
-            return self._stack([self._tensor(epoch, int(index)) for index in indices])
+                return self.images.pixels[torch.from_numpy(indices)].numpy()
+            return self._stack([self._tensor(epoch, int(index)) for index in indices]).numpy()
         except UserError as error:
             return _Failure(error.problems)
 

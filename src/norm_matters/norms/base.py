@@ -107,9 +107,9 @@ class Norm(nn.Module, abc.ABC):
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"{self.label()} expects (N, {self.num_features}, ...), got {tuple(x.shape)}")
         y = self.normalise(x)
-        for fused in FUSED:
-            if self._modules.get(fused) is not None:
-                y = self._modules[fused](y)
+        for key in FUSED:
+            fused = self._modules.get(key)
+            y = y if fused is None else fused(y)
         return y
 
     def label(self) -> str:
@@ -241,7 +241,7 @@ class BatchwiseNorm(AffineNorm):
         """
 
     def normalise(self, x: Tensor) -> Tensor:
-        """See the base class: by the batch in training (and where nothing is tracked), else by the running estimates."""
+        """By the batch in training (and where nothing is tracked), else by the running estimates."""
         if not (self.training or self.running_mean is None):
             return self._normalise_by_running_stats(x)
         if x.numel() // max(x.shape[1], 1) < 2:
@@ -252,7 +252,8 @@ class BatchwiseNorm(AffineNorm):
         return y
 
     def _normalise_by_running_stats(self, x: Tensor) -> Tensor:
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
         return nn.functional.batch_norm(x, mean, var, *self.affine_in(dtype), False, 0.0, self.eps)
@@ -260,7 +261,9 @@ class BatchwiseNorm(AffineNorm):
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics towards those of a batch, unless one of these is not finite."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         accept = torch.isfinite(mean).all() & torch.isfinite(var).all()
         self.num_batches_tracked.add_(accept)
         share = self.momentum if self.momentum is not None else 1.0 / self.num_batches_tracked.clamp(min=1)
@@ -281,7 +284,7 @@ class BatchwiseNorm(AffineNorm):
         self.reset_running_stats()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchwiseNorm":
-        """Moves and casts as any module, but `.half()` and the like leave the running statistics in float32 or wider."""
+        """Move and cast as any module; but `.half()` and the like leave the running statistics in float32 or wider."""
         before = {"running_mean": self.running_mean, "running_var": self.running_var}
         super()._apply(fn, recurse)
         for key, old in before.items():
@@ -290,9 +293,11 @@ class BatchwiseNorm(AffineNorm):
                 self._buffers[key] = old.to(device=new.device, dtype=torch.float32)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: dict, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         """Accept weights saved before there was a `num_batches_tracked`, as nn.BatchNorm2d does."""
         key = prefix + "num_batches_tracked"
-        if self.num_batches_tracked is not None and (metadata.get("version") or 1) < 2 and key not in state_dict:
-            state_dict[key] = torch.zeros((), dtype=torch.long)
-        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+        if self.num_batches_tracked is not None and (local_metadata.get("version") or 1) < 2:
+            state_dict.setdefault(key, torch.zeros((), dtype=torch.long))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)

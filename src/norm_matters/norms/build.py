@@ -70,7 +70,7 @@ def create_norm(spec: str, num_features: int, **options: Any) -> Norm:
 
 def norm_factory(spec: str | None, **options: Any) -> "NormFactory":
     """A function `num_features -> norm`; `spec=None` means `l2`. Arguments and errors as in `create_norm`."""
-    return NormFactory(spec or "l2", **options)
+    return NormFactory("l2" if spec is None else spec, **options)
 
 
 class NormFactory:

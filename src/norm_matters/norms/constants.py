@@ -32,8 +32,8 @@ def paper_extreme_constant(n: int) -> float:
     return (1 + math.sqrt(math.pi * math.log(4))) / (2 * math.sqrt(2 * math.log(n)))
 
 
-@torch.compiler.assume_constant_result
 @cache
+@torch.compiler.assume_constant_result
 def moment_constant(n: int, p: float) -> float:
     """The calibrated constant for `(mean |d|^p)^(1/p)` of n deviations; its limit for large n is the paper's.
 
@@ -58,8 +58,8 @@ def moment_constant(n: int, p: float) -> float:
     return math.sqrt((n - 3) / (n - 1) * mean_inverse)
 
 
-@torch.compiler.assume_constant_result
 @cache
+@torch.compiler.assume_constant_result
 def extreme_constant(n: int, k: int) -> float:
     """The calibrated constant for the mean of the k largest of n deviations.
 

@@ -117,14 +117,11 @@ def _describe(module: nn.Module) -> str:
     return module.spec if isinstance(module, Norm) else type(module).__name__
 
 
-def _converted(old: nn.Module, spec: str, options: dict[str, Any]) -> Norm:
-    """A norm of that spec with the state of `old`."""
-    carried = {key: getattr(old, key) for key in BATCH_OPTIONS if key != "bias" and hasattr(old, key)}
-    if old.affine:
-        carried["bias"] = old.bias is not None
+def _converted(old: Any, spec: str, options: dict[str, Any]) -> Norm:
+    """A norm of that spec with the state of the batch norm `old`."""
     tensors = [tensor for tensor in (*old.parameters(), *old.buffers()) if tensor.is_floating_point()]
     place = {"device": tensors[0].device, "dtype": tensors[0].dtype} if tensors else {}
-    new = create_norm(spec, old.num_features, **{**place, **carried, **options})
+    new = create_norm(spec, old.num_features, **{**place, **_settings(old), **options})
     for key in ("weight", "bias"):
         if getattr(old, key) is not None and getattr(new, key, None) is not None:
             setattr(new, key, getattr(old, key))
@@ -137,10 +134,19 @@ def _converted(old: nn.Module, spec: str, options: dict[str, Any]) -> Norm:
     return new.train(old.training)
 
 
-def _carry_running_stats(old: nn.Module, new: BatchwiseNorm) -> None:
+def _settings(old: Any) -> dict[str, Any]:
+    """The options that a batch norm, torch's or ours, has in common with the others."""
+    if isinstance(old, BatchwiseNorm):
+        return {key: value for key, value in old.settings().items() if key in BATCH_OPTIONS}
+    settings = {key: getattr(old, key) for key in ("eps", "momentum", "affine", "track_running_stats")}
+    return {**settings, "bias": old.bias is not None or not old.affine}
+
+
+def _carry_running_stats(old: Any, new: BatchwiseNorm) -> None:
     if old.running_mean is None or new.running_mean is None:
         return
-    new.running_mean = old.running_mean.to(new.running_mean.dtype)
+    dtype = new.running_mean.dtype
+    new.running_mean = old.running_mean.to(dtype)
     if new.estimates_sigma:
-        new.running_var = old.running_var.to(new.running_mean.dtype)
+        new.running_var = old.running_var.to(dtype)
     new.num_batches_tracked = old.num_batches_tracked

@@ -13,14 +13,13 @@ from norm_matters.norms.scale import Deviations, Measure, ScaleNorm, channel_sum
 class L1Statistic:
     """sigma = constant * mean|d|; its derivative is the sign of d, 0 at 0."""
 
-    n: int
     constant: float
 
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`."""
-        total = torch.stack([channel_sum(d.abs_()) for d in deviations()]).sum(0)
-        gain = self.constant / self.n
-        return Measure(total * gain, torch.full_like(total, gain))
+        gain = self.constant / deviations.n
+        sigma = gain * channel_sum(deviations.dense().abs_())
+        return Measure(sigma, torch.full_like(sigma, gain))
 
     def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """See `Statistic`."""
@@ -43,4 +42,4 @@ class L1Norm(ScaleNorm):
 
     def statistic(self, n: int, constant: float) -> L1Statistic:
         """See `ScaleNorm`."""
-        return L1Statistic(n, constant)
+        return L1Statistic(constant)

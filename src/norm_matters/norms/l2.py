@@ -13,14 +13,11 @@ from norm_matters.norms.scale import Deviations, Measure, accumulator, channel_c
 class L2Statistic:
     """sigma = sqrt(mean d^2), the squares kept in the dtype of d: for statistics in the input's precision."""
 
-    n: int
-
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the variance is rounded to the dtype of d, as the squares are."""
-        squares = [d.square_() for d in deviations()]
-        total = torch.stack([channel_sum(square) for square in squares]).sum(0)
-        sigma = (total / self.n).to(squares[0].dtype).to(total.dtype).sqrt()
-        return Measure(sigma, torch.where(sigma == 0, 0, 1 / (self.n * sigma)))
+        total = channel_sum(deviations.dense().square_())
+        sigma = (total / deviations.n).to(deviations.dtype).to(total.dtype).sqrt()
+        return Measure(sigma, torch.where(sigma == 0, 0, 1 / (deviations.n * sigma)))
 
     def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """See `Statistic`."""
@@ -42,7 +39,7 @@ class L2Norm(BatchwiseNorm):
         weight, bias = self.affine_in(dtype)
         n = channel_count(x)
         if self.compute_dtype(x) != dtype:
-            y, mean, var = normalise_by(x, weight, bias, eps=self.eps, statistic=L2Statistic(n), dtype=x.dtype)
+            y, mean, var = normalise_by(x, weight, bias, eps=self.eps, statistic=L2Statistic(), dtype=x.dtype)
             return y, mean, var * (n / (n - 1))
         # torch's kernel writes running statistics itself: it writes them here, with momentum 1, and the base class
         # commits them if they are finite.

@@ -21,26 +21,28 @@ class LpStatistic:
     Powers are taken of |d| over its maximum, so that they neither overflow nor vanish, whatever the scale of d.
     """
 
-    n: int
     constant: float
     p: float
 
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the extra is the largest |d|, or 1 in a channel of zeros."""
-        largest = torch.stack([d.abs_().amax(0).amax(tuple(range(1, d.dim() - 1))) for d in deviations()]).amax(0)
+        largest = deviations.image_extents().amax(0)
         largest = torch.where(largest == 0, 1, largest)
-        powers = (d.abs_().div_(per_channel(largest, d)).pow_(self.p) for d in deviations())
-        mean = torch.stack([channel_sum(power) for power in powers]).sum(0) / self.n
+        mean = channel_sum(self._relative(deviations.dense(), largest).pow_(self.p)) / deviations.n
         sigma = self.constant * largest * mean.pow(1 / self.p)
         # A channel of zeros has no slope; 0^(1/p - 1) would make it infinite.
-        gain = torch.where(mean == 0, 0, mean.pow(1 / self.p - 1)) * (self.constant / self.n)
+        gain = torch.where(mean == 0, 0, mean.pow(1 / self.p - 1)) * (self.constant / deviations.n)
         return Measure(sigma, gain, (largest,))
 
     def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """See `Statistic`."""
-        (largest,) = extras
         sign = d.sign()
-        return d.abs_().div_(per_channel(largest, d)).pow_(self.p - 1).mul_(sign)
+        return self._relative(d, extras[0]).pow_(self.p - 1).mul_(sign)
+
+    @staticmethod
+    def _relative(d: Tensor, largest: Tensor) -> Tensor:
+        """|d| over the largest of its channel, in place."""
+        return d.abs_().div_(per_channel(largest, d))
 
 
 class LpNorm(ScaleNorm):
@@ -69,4 +71,4 @@ class LpNorm(ScaleNorm):
 
     def statistic(self, n: int, constant: float) -> LpStatistic:
         """See `ScaleNorm`."""
-        return LpStatistic(n, constant, self.p)
+        return LpStatistic(constant, self.p)

@@ -10,7 +10,8 @@ pass; the output may be overwritten by an activation that works in place.
 """
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -25,36 +26,6 @@ SCALE_OPTIONS: Mapping[str, Option] = {
     "constant": Option("float", "calibrated", minimum=0, above=True, words=("calibrated", "paper")),
     **BATCH_OPTIONS,
 }
-# Elements per piece: a few pieces of float32 fit into a core's second-level cache (256 KiB each).
-_PIECE = 1 << 16
-
-Deviations = Callable[[], Iterable[Tensor]]
-
-
-class Measure(NamedTuple):
-    """What a statistic makes of a channel's deviations d; every tensor is (C,).
-
-    Attributes:
-        sigma: the estimate.
-        gain: the part of dsigma/dd that is the same for a whole channel: dsigma/dd = gain u, with u from `slope`.
-        extras: what `slope` needs to know.
-    """
-
-    sigma: Tensor
-    gain: Tensor
-    extras: tuple[Tensor, ...] = ()
-
-
-class Statistic(Protocol):
-    """An estimate of sigma from deviations, which come in pieces (some images, C, *) that may be overwritten."""
-
-    def measure(self, deviations: Deviations) -> Measure:
-        """Measure the deviations; `deviations()` goes through the pieces, as often as it is called."""
-        ...
-
-    def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
-        """Return u of the shape of the piece d, with dsigma/dd = gain u, as if d did not depend on the mean."""
-        ...
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -70,6 +41,78 @@ def channel_sum(x: Tensor) -> Tensor:
 def channel_count(x: Tensor) -> int:
     """The number n of values per channel."""
     return x.numel() // x.shape[1]
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """The deviations d = x - mean, computed anew whenever they are asked for.
+
+    Attributes:
+        x: (N, C, *).
+        mean: (C,) in `accumulator(x)`.
+        dtype: of d.
+    """
+
+    x: Tensor
+    mean: Tensor
+    dtype: torch.dtype
+
+    @property
+    def n(self) -> int:
+        """Values per channel."""
+        return channel_count(self.x)
+
+    def of(self, x: Tensor, mean: Tensor) -> Tensor:
+        """x - mean in the dtype of the deviations."""
+        return x.to(self.dtype) - mean.to(self.dtype)
+
+    def dense(self) -> Tensor:
+        """All deviations (N, C, *), in the layout of x; the caller may overwrite them."""
+        return self.of(self.x, per_channel(self.mean, self.x))
+
+    def image_extents(self) -> Tensor:
+        """The largest |d| in each image and channel, (N, C)."""
+        extremes = [self.of(_reduce_images(self.x, reduce), self.mean).abs_() for reduce in (torch.amax, torch.amin)]
+        return torch.maximum(*extremes)
+
+
+def _reduce_images(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduce (N, C, *) to (N, C)."""
+    rows = x.reshape(*x.shape[:2], -1)
+    count, channels, pixels = rows.shape
+    if rows.stride(1) == 1 and channels < 32 and pixels % 32 == 0:
+        # torch reduces over a few channels-last channels one by one: take 32 pixels for one at first.
+        wide = rows.transpose(1, 2).reshape(count, pixels // 32, 32 * channels)
+        return reduce(reduce(wide, 1).view(count, 32, channels), 1)
+    return reduce(rows, 2)
+
+
+class Measure(NamedTuple):
+    """What a statistic makes of a channel's deviations d.
+
+    Attributes:
+        sigma: the estimate (C,).
+        gain: the part of dsigma/dd that is the same for a whole channel (C,): dsigma/dd = gain u.
+        extras: numbers per channel that `slope` needs.
+        peaks: where u is +1 or -1 if it is 0 everywhere else: places in a channel (C, k); `slope` is not asked then.
+    """
+
+    sigma: Tensor
+    gain: Tensor
+    extras: tuple[Tensor, ...] = ()
+    peaks: Tensor | None = None
+
+
+class Statistic(Protocol):
+    """An estimate of sigma from deviations."""
+
+    def measure(self, deviations: Deviations) -> Measure:
+        """Measure the deviations."""
+        ...
+
+    def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
+        """Return u (N, C, *), with dsigma/dd = gain u as if d did not depend on the mean; d may be overwritten."""
+        ...
 
 
 def normalise_by(
@@ -102,48 +145,48 @@ class _NormaliseBy(Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean = channel_sum(x) / channel_count(x)
-        sigma, gain, extras = statistic.measure(lambda: (_deviations(piece, mean, dtype) for piece in _pieces(x)))
+        sigma, gain, extras, peaks = statistic.measure(Deviations(x, mean, dtype))
         var = sigma.square()
         y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-        ctx.save_for_backward(x, weight, mean, sigma, gain, *extras)
+        ctx.save_for_backward(x, weight, mean, sigma, gain, peaks, *extras)
         ctx.eps, ctx.statistic, ctx.dtype = eps, statistic, dtype
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, sigma, gain, *extras = ctx.saved_tensors
-        var = sigma.square()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, sigma, gain, peaks, *extras = ctx.saved_tensors
         wide = accumulator(x)
-        scale = torch.ones_like(mean) if weight is None else weight
-        # The derivative with mean and sigma held fixed, and the two sums over each channel, in one kernel.
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grads[0].to(wide), x.to(wide), scale, mean, var, None, None, False, ctx.eps, [True, True, True]
+        g, scale = grads[0].to(wide), torch.ones_like(mean) if weight is None else weight
+        # Both sums over each channel in one pass; torch's kernel takes them for the gradients of weight and bias.
+        _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            g, x.to(wide), scale, mean, sigma.square(), None, None, False, ctx.eps, [False, True, True]
         )
-        r = (var + ctx.eps).rsqrt()
+        r = (sigma.square() + ctx.eps).rsqrt()
         factor = -r.square() * sigma * scale * dweight * gain
-        total = torch.zeros_like(mean)
-        for piece, dpiece in zip(_pieces(x), _pieces(dx), strict=True):
-            u = ctx.statistic.slope(_deviations(piece, mean, ctx.dtype), tuple(extras))
-            total += channel_sum(u)
-            dpiece.addcmul_(u, per_channel(factor, x))
-        dx -= per_channel((r * scale * dbias + factor * total) / channel_count(x), x)
+        deviations = Deviations(x, mean, ctx.dtype)
+        if peaks is None:
+            u = ctx.statistic.slope(deviations.dense(), tuple(extras))
+            total = channel_sum(u)
+        else:
+            places = _places(x, peaks)
+            u = deviations.of(x[places], mean[:, None]).sign()
+            total = u.sum(1, dtype=wide)
+        offset = -(r * scale * dbias + factor * total) / channel_count(x)
+        dx = torch.empty_like(x, dtype=wide)
+        torch.addcmul(per_channel(offset, x), g, per_channel(r * scale, x), out=dx)
+        if peaks is None:
+            dx.addcmul_(u, per_channel(factor, x))
+        else:
+            dx.index_put_(places, factor[:, None] * u, accumulate=True)
         return dx.to(x.dtype), None if weight is None else dweight, dbias, None, None, None
 
 
-def _deviations(x: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) - per_channel(mean.to(dtype), x)
-
-
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """x image by image, or several at a time, so that on a CPU what is computed from a piece stays in its cache.
-
-    Elsewhere, and compiled (where elementwise operations are fused), x is one piece.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return (x,)
-    return x.split(max(1, _PIECE * len(x) // x.numel()))
+def _places(x: Tensor, peaks: Tensor) -> tuple[Tensor, ...]:
+    """The indices into x (N, C, *) of places in the channels (C, k), which count images times positions."""
+    image, *position = torch.unravel_index(peaks, (len(x), *x.shape[2:]))
+    return (image, torch.arange(x.shape[1], device=x.device)[:, None], *position)
 
 
 class ScaleOptions(BatchOptions, total=False):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from norm_matters.norms.base import per_channel
 from norm_matters.norms.constants import extreme_constant, paper_extreme_constant
-from norm_matters.norms.scale import SCALE_OPTIONS, Deviations, Measure, ScaleNorm, accumulator, channel_sum
+from norm_matters.norms.scale import SCALE_OPTIONS, Deviations, Measure, ScaleNorm, channel_sum
 from norm_matters.norms.spec import Option
 
 
@@ -27,12 +27,15 @@ class TopKStatistic:
 
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the extras are the k-th largest |d| and the share of one value that ties with it."""
-        largest = _largest(torch.cat([_largest(_rows(d.abs_()), self.k) for d in deviations()], 1), self.k)
-        threshold = largest.amin(1)
-        tied = torch.stack([channel_sum(_tied(_compare(d, threshold))) for d in deviations()]).sum(0)
-        share = (self.k - (largest > threshold[:, None]).sum(1)) / tied
-        sigma = largest.mean(1, dtype=accumulator(largest)) * self.constant
-        return Measure(sigma, torch.full_like(sigma, self.constant / self.k), (threshold, share))
+        values, places = _largest(deviations, self.k + 1)
+        largest, threshold = values[:, : self.k], values[:, self.k - 1]
+        sigma = self.constant * largest.mean(1, dtype=deviations.mean.dtype)
+        gain = torch.full_like(sigma, self.constant / self.k)
+        if _no_ties(values, self.k):
+            return Measure(sigma, gain, peaks=places[:, : self.k])
+        tied = channel_sum(_tied(_compare(deviations.dense(), threshold)))
+        above = (largest > threshold[:, None]).sum(1)
+        return Measure(sigma, gain, (threshold, (self.k - above) / tied))
 
     def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """See `Statistic`."""
@@ -43,14 +46,29 @@ class TopKStatistic:
         return weight.mul_(sign)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, *) as (C, n)."""
-    return x.transpose(0, 1).flatten(1)
+def _largest(deviations: Deviations, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest |d| of each channel in falling order, (C, count), and their places in the channel.
+
+    They are all in the `count` images of the largest extent, so that only these are sorted. Fewer where n is less.
+    """
+    x = deviations.x
+    rows = x.reshape(*x.shape[:2], -1)
+    images = deviations.image_extents().topk(min(count, len(x)), dim=0).indices
+    chosen = rows[images, torch.arange(x.shape[1], device=x.device)].transpose(0, 1)
+    size = deviations.of(chosen, deviations.mean[:, None, None]).abs_().flatten(1)
+    values, places = size.topk(min(count, size.shape[1]))
+    pixels = rows.shape[2]
+    return values, images.t().gather(1, places // pixels) * pixels + places % pixels
 
 
-def _largest(rows: Tensor, k: int) -> Tensor:
-    """The k largest of each row, in any order; all of a shorter row."""
-    return rows.topk(min(k, rows.shape[1]), sorted=False).values
+def _no_ties(values: Tensor, k: int) -> bool:
+    """Whether in every channel the k-th largest of the values (C, k + 1) is above the next.
+
+    Asked where the answer costs nothing: on a CPU, not compiled. Elsewhere ties are reckoned with.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return values.shape[1] == k or bool((values[:, k - 1] > values[:, k]).all())
 
 
 def _compare(d: Tensor, threshold: Tensor) -> Tensor:

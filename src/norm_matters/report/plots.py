@@ -12,14 +12,15 @@ from bokeh.embed import components
 from bokeh.models import (
     ColumnDataSource,
     DataRange1d,
-    DataRenderer,
+    GlyphRenderer,
     HoverTool,
     Line,
     LogTickFormatter,
     Range1d,
     Scatter,
     VArea,
-)  # fmt: skip
+)
+from bokeh.models.glyph import Glyph
 from bokeh.models.tickers import BasicTicker
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -31,7 +32,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#
 _DASHES = ((), (8, 3), (2, 3), (8, 3, 2, 3))
 _LOG_FROM = 50.0  # a positive quantity that spans this factor or more is drawn on a logarithmic axis
 _DOTS_UP_TO = 120  # a plot with more points than this is drawn without a dot on each
-_HOVER_ALL_UP_TO = 3  # in a plot with more curves, hovering shows the curve under the pointer only
+_HOVER_ALL_UP_TO = 6  # in a plot with more curves, hovering shows the curve under the pointer only
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def _is_log(panel: Panel) -> bool:
     """Whether the values are all positive and span orders of magnitude (learning rates, a loss that explodes)."""
     values = np.concatenate([curve.values for curve in panel.curves])
     values = values[np.isfinite(values)]
-    return bool(values.min() > 0 and values.max() / values.min() >= _LOG_FROM)
+    # Logarithms rather than a quotient, which can overflow.
+    return bool(values.min() > 0 and np.log(values.max()) - np.log(values.min()) >= np.log(_LOG_FROM))
 
 
 def _title(panel: Panel) -> Html:
@@ -159,7 +161,6 @@ def _plot(panel: Panel, epochs: Range1d) -> figure:
     """Draw one panel on the given x range."""
     log = _is_log(panel)
     plot = figure(
-        y_range=DataRange1d(only_visible=True),
         height=270,
         sizing_mode="stretch_width",
         x_range=epochs,
@@ -171,46 +172,71 @@ def _plot(panel: Panel, epochs: Range1d) -> figure:
         toolbar_location="above",
     )
     dotted = sum(len(curve.epochs) for curve in panel.curves) <= _DOTS_UP_TO
-    hovered = [_draw_curve(plot, curve, dotted=dotted) for curve in panel.curves]
-    # Few curves: the values of all at the pointer's epoch. Many boxes would cover the plot: the curve that is met only.
-    mode = "vline" if len(hovered) <= _HOVER_ALL_UP_TO else "mouse"
-    tooltips = [("", "@label"), ("epoch", "@epoch"), ("value", "@text")]
-    plot.add_tools(HoverTool(renderers=hovered, tooltips=tooltips, mode=mode, line_policy="nearest", visible=False))
+    drawn = [renderer for curve in panel.curves for renderer in _draw_curve(plot, curve, dotted=dotted)]
+    # Equal values have no span to fit an axis to: they get that of their size.
+    size = max(abs(value) for curve in panel.curves for value in curve.values if np.isfinite(value))
+    plot.y_range = DataRange1d(renderers=[*drawn], only_visible=True, default_span=float(size) or 1.0)
+    if len(panel.curves) <= _HOVER_ALL_UP_TO:
+        _hover_all(plot, panel.curves)
+    else:
+        tooltips = [("epoch", "@epoch"), ("", "@text")]
+        plot.add_tools(HoverTool(renderers=[*drawn], tooltips=tooltips, line_policy="nearest", visible=False))
     _style(plot)
     if log:
         plot.yaxis.formatter = LogTickFormatter(min_exponent=3)
     return plot
 
 
-def _draw_curve(plot: figure, curve: Curve, *, dotted: bool) -> DataRenderer:
-    """Add the band, the line and the dots of one curve; returns what shows its values on hovering."""
-    series, count = curve.series, len(curve.epochs)
+def _draw_curve(plot: figure, curve: Curve, *, dotted: bool) -> list[GlyphRenderer]:
+    """Add the band, the line and the dots of one curve; returns what was added."""
+    series = curve.series
     finite = np.isfinite(curve.values)
     values = np.where(finite, curve.values, np.nan)
     # A value between two gaps has no line: without a dot it would not be seen.
     beside = np.concatenate([[False], finite, [False]])
     lonely = finite & ~beside[:-2] & ~beside[2:]
-    source = ColumnDataSource(
-        {
-            "epoch": curve.epochs,
-            "value": values,
-            "dot": values if dotted else np.where(lonely, values, np.nan),
-            "text": [value_text(value) for value in curve.values],
-            "label": [series.label] * count,
-        }
-    )
-    # Glyphs are added one by one because `plot.line()` would make three more, for selections, that nobody sees.
-    if curve.low is not None and curve.high is not None:
-        edges = ColumnDataSource({"epoch": curve.epochs, "low": curve.low, "high": curve.high})
-        band = VArea(x="epoch", y1="low", y2="high", fill_color=series.colour, fill_alpha=0.18)
-        plot.add_glyph(edges, band, name=series.key)
+    data = {
+        "epoch": curve.epochs,
+        "value": values,
+        "dot": values if dotted else np.where(lonely, values, np.nan),
+        "text": _hover_texts(curve, curve.epochs),
+    }
+    band = VArea(x="epoch", y1="low", y2="high", fill_color=series.colour, fill_alpha=0.18)
     line = Line(x="epoch", y="value", line_color=series.colour, line_width=2, line_dash=list(series.dash))
     dots = Scatter(x="epoch", y="dot", size=5, line_color=series.colour, fill_color=series.colour)
-    lines = plot.add_glyph(source, line, name=series.key)
-    if not dotted and not lonely.any():
-        return lines
-    scattered = plot.add_glyph(source, dots, name=series.key)
-    return lines if count > 1 else scattered
+    glyphs: list[Glyph] = [line]
+    if curve.low is not None and curve.high is not None:
+        data |= {"low": curve.low, "high": curve.high}
+        glyphs.insert(0, band)
+    if dotted or lonely.any():
+        glyphs.append(dots)
+    # Not `plot.line()` and the like, which make three more glyphs each, for selections, that nobody sees.
+    source = ColumnDataSource(data)
+    return [plot.add_glyph(source, glyph, name=series.key) for glyph in glyphs]
+
+
+def _hover_all(plot: figure, curves: Sequence[Curve]) -> None:
+    """Show the values of all curves at the pointer's epoch in one box (a box per curve would hide the others)."""
+    epochs = np.unique(np.concatenate([curve.epochs for curve in curves]))
+    # An invisible line along the first curve that can be seen bears the texts of all.
+    curve = next(curve for curve in curves if np.isfinite(curve.values).any())
+    known = np.isfinite(curve.values)
+    height = np.interp(epochs, curve.epochs[known], curve.values[known])
+    texts = {f"text{index}": _hover_texts(curve, epochs) for index, curve in enumerate(curves)}
+    source = ColumnDataSource({"epoch": epochs, "height": height, **texts})
+    glyph = Line(x="epoch", y="height", line_alpha=0)
+    if len(epochs) == 1:  # no line to be met
+        glyph = Scatter(x="epoch", y="height", size=20, line_alpha=0, fill_alpha=0)
+    tooltips = [("epoch", "@epoch"), *(("", f"@{name}") for name in texts)]
+    bearer = plot.add_glyph(source, glyph)
+    plot.add_tools(HoverTool(renderers=[bearer], tooltips=tooltips, mode="vline", line_policy="nearest", visible=False))
+
+
+def _hover_texts(curve: Curve, epochs: np.ndarray) -> list[str]:
+    """The label and value of a curve at each of the epochs; a dash where it has none."""
+    known = {epoch: value_text(value) for epoch, value in zip(curve.epochs.tolist(), curve.values, strict=True)}
+    label = f"{curve.series.label}: " if curve.series.label else ""
+    return [label + known.get(epoch, "–") for epoch in epochs.tolist()]
 
 
 def _style(plot: figure) -> None:
