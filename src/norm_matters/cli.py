@@ -30,7 +30,6 @@ INTERNAL_ERROR = 1
 WRONG_INPUT = UserError.exit_status
 INTERRUPTED = 130
 
-Text = Annotated[str | None, typer.Option()]
 # Numbers are taken as text, so that a wrong one is told together with all other mistakes.
 Number = Annotated[str | None, typer.Option(metavar="N")]
 DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="where datasets lie")]
@@ -106,7 +105,7 @@ def train(
         str | None, typer.Option(help="see `list models`; also timm:NAME, torchvision:NAME, FILE.py")
     ] = None,
     norm: Annotated[str | None, typer.Option(help="such as l1, linf, topk:k=10; see `list norms`")] = None,
-    weight_norm: Text = None,
+    weight_norm: Annotated[str | None, typer.Option(hidden=True)] = None,  # shown once there are any
     pretrained: Annotated[
         str | None, typer.Option(metavar="[FILE]", help="start from a .safetensors file, or the library's own weights")
     ] = None,

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from norm_matters.core.clock import Clock
-from norm_matters.core.config import OPTION_KEYS, RunConfig, differences, dump_config, flatten, load_config
+from norm_matters.core.config import (
+    OPTION_KEYS,
+    RegimeConfig,
+    RunConfig,
+    differences,
+    dump_config,
+    flatten,
+    load_config,
+)
 from norm_matters.core.errors import NumericalError, StorageError, UserError, nearest
 from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import Dataset, Loader, ResidentImages, check_dataset, load_dataset
@@ -51,13 +59,21 @@ def check_device(name: str) -> None:
     resolve_device(name)
 
 
+def check_phases(phases: list[dict[str, Any]]) -> None:
+    """Raise UserError with what is wrong with the phases of a regime."""
+    build_regime(RegimeConfig(phases=phases), default="constant")
+
+
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU. UserError where there is none."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"'{name}' is no device; there are auto, cpu, cuda, cuda:N, mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"'{name}' is not to be had here: torch sees {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -71,6 +87,7 @@ CHECKS: Mapping[str, Callable[[Any], None]] = {
     "model.norm": check_spec,
     "data.name": check_dataset,
     "regime.name": check_regime,
+    "regime.phases": check_phases,
     "device": check_device,
 }
 
@@ -247,7 +264,8 @@ def _complete(config: RunConfig, dataset: Dataset) -> RunConfig:
         data = data.model_copy(update={"name": f"{source}:{place}"})
     train = config.train.model_copy(update={"epochs": config.train.epochs or dataset.epochs})
     model = model.model_copy(update={"name": name, "norm": norm})
-    return config.model_copy(update={"model": model, "data": data, "train": train})
+    # The folder bears the name; recorded, it would be taken already when the config is fed back.
+    return config.model_copy(update={"model": model, "data": data, "train": train, "name": None})
 
 
 def _check_length(plan: Plan, recorded: RunConfig, done: int, extend: bool) -> None:
@@ -363,8 +381,8 @@ def _headline(plan: Plan) -> str:
     norm = model.norm or "its own norms"
     return (
         f"{_short(model.name)} with {norm} on {plan.config.data.name}, {len(plan.dataset.train)} training and "
-        f"{len(plan.dataset.val)} {plan.dataset.val_name} images, {clock.epochs} epochs of {clock.steps_per_epoch} "
-        f"steps, {plan.config.train.precision} on {_device_name(plan.state.device)}"
+        f"{len(plan.dataset.val)} {plan.dataset.val_name} images, epochs: {clock.epochs}, "
+        f"steps per epoch: {clock.steps_per_epoch}, {plan.config.train.precision} on {_device_name(plan.state.device)}"
     )
 
 

@@ -194,7 +194,8 @@ def worker_pids(loader: Loader) -> list[int]:
     return [worker.pid for worker in iterator._workers]  # type: ignore[attr-defined]
 
 
-def test_ctrl_c_leaves_workers_alone():
+def test_ctrl_c_leaves_workers_alone(monkeypatch):
+    monkeypatch.setattr("norm_matters.datasets.loader.WORKER_TIMEOUT", 20)
     images = resident(400)
     loader = Loader(images, PLAN, batch_size=5, train=True, seed=0, workers=2)
     batches = loader.epoch(0)

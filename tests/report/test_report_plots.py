@@ -81,7 +81,15 @@ def test_series_can_be_told_apart() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.123456, "0.1235"), (1e-5, "1e-05"), (12345.6, "12,346"), (NAN, "nan"), (math.inf, "inf"), (-0.5, "-0.5")],
+    [
+        (0.123456, "0.1235"),
+        (1e-5, "1e-05"),
+        (12345.6, "12,346"),
+        (1e308, "1e+308"),
+        (NAN, "nan"),
+        (math.inf, "inf"),
+        (-0.5, "-0.5"),
+    ],
 )
 def test_values_have_four_digits(value: float, text: str) -> None:
     assert value_text(value) == text

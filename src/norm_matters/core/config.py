@@ -179,7 +179,7 @@ def load_config(
         value = _get(tree, key, default=defaults[key])
         if value is None or key in invalid or key.split(".")[0] in invalid:
             continue
-        with _collecting(problems, prefix=f"{key}: "):
+        with _collecting(problems, key=key):
             check(value)
     if problems:
         raise UserError(*problems)
@@ -320,14 +320,14 @@ def _show_key(key: str) -> str:
 
 
 @contextmanager
-def _collecting(problems: list[str], prefix: str = "") -> Iterator[None]:
-    """Turn the user's mistakes met inside into entries of `problems`."""
+def _collecting(problems: list[str], key: str = "") -> Iterator[None]:
+    """Turn the user's mistakes met inside into entries of `problems`; each begins with `key`, if it did not already."""
     try:
         yield
     except UserError as error:
-        problems += [f"{prefix}{problem}" for problem in error.problems]
+        problems += [problem if problem.startswith(key) else f"{key}: {problem}" for problem in error.problems]
     except ValueError as error:
-        problems.append(f"{prefix}{error}")
+        problems.append(f"{key}: {error}" if key else str(error))
 
 
 _SECTIONS = {key: value for key, value in RunConfig() if isinstance(value, _Section)}

@@ -110,7 +110,7 @@ class Loader:
         order = self.order(epoch)
         chunks = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         self._work[:] = [(epoch, chunk) for chunk in chunks]
-        results = iter(self._reader)
+        results = self._start()
         for chunk in chunks:
             try:
                 batch = self._finish(next(results), epoch, chunk)
@@ -122,6 +122,15 @@ class Loader:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"data.workers: {self.workers}: {reason}; try fewer workers") from error
             yield batch
+
+    def _start(self) -> Iterator[Any]:
+        # Ctrl-C reaches every process of the run, and only the main one answers it. Workers inherit the blocked
+        # signal, so they ignore it from their first moment on; here it is delivered when they have been started.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return iter(self._reader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _kill_workers(self) -> None:
         """Clear away what is left of the workers: a stopped one would keep this process from ever ending."""
@@ -233,5 +242,5 @@ def _identity(value: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of the run; only the main one answers it.
+    # Where a server process starts the workers, they do not inherit the blocked signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

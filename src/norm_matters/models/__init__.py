@@ -3,9 +3,9 @@
 A new network of ours is one file with a `ModelEntry` and one `register` line below.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from norm_matters.core.lazy import lazy_attributes
 from norm_matters.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -47,18 +47,11 @@ MODELS.register(
 )
 MODELS.register("mnist", f"{_ROOM}.mnist:mnist", summary="two convolutions and two linear layers, for 28 x 28 digits")
 
-_EXPORTS = {
-    "BuiltModel": "build",
-    "build_model": "build",
-    "check_model": "build",
-    "create_model": "build",
-    "ModelEntry": "entry",
-    "Network": "entry",
-    "library_models": "libraries",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{_ROOM}.{_EXPORTS[name]}"), name)
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "build": ("BuiltModel", "build_model", "check_model", "create_model"),
+        "entry": ("ModelEntry", "Network"),
+        "libraries": ("library_models",),
+    },
+)

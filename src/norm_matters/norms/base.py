@@ -8,7 +8,7 @@ every batch norm here is a batch norm: its checkpoints, its absorption and its e
 import abc
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +29,6 @@ BATCH_OPTIONS: Mapping[str, Option] = {
 
 # Submodules that a converted layer had fused to it (timm's BatchNormAct2d) and that the norm takes over by name.
 FUSED = ("drop", "act")
-
-
-class AffineOptions(TypedDict, total=False):
-    """Keyword arguments of norms with weight and bias."""
-
-    eps: float
-    affine: bool
-    bias: bool
-    stats_dtype: Literal["float32", "input"]
-
-
-class BatchOptions(AffineOptions, total=False):
-    """Keyword arguments of every batch norm."""
-
-    momentum: float | None
-    track_running_stats: bool
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -163,6 +147,7 @@ class AffineNorm(Norm):
         new = partial(torch.empty, num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(new()) if weight else None
         self.bias = nn.Parameter(new()) if bias else None
+        # Not the subclass's: what else that resets does not exist yet.
         AffineNorm.reset_parameters(self)
 
     def learns_weight(self) -> bool:
@@ -244,7 +229,7 @@ class BatchwiseNorm(AffineNorm):
         """By the batch in training (and where nothing is tracked), else by the running estimates."""
         if not (self.training or self.running_mean is None):
             return self._normalise_by_running_stats(x)
-        if x.numel() // max(x.shape[1], 1) < 2:
+        if x.numel() // x.shape[1] < 2:
             raise ValueError(f"{self.label()} needs more than one value per channel in training, got {tuple(x.shape)}")
         y, mean, var = self.normalise_batch(x)
         if self.training and self.running_mean is not None:
@@ -266,7 +251,9 @@ class BatchwiseNorm(AffineNorm):
         assert self.num_batches_tracked is not None
         accept = torch.isfinite(mean).all() & torch.isfinite(var).all()
         self.num_batches_tracked.add_(accept)
-        share = self.momentum if self.momentum is not None else 1.0 / self.num_batches_tracked.clamp(min=1)
+        share = self.momentum
+        if share is None:
+            share = 1 / self.num_batches_tracked.clamp(min=1).to(self.running_mean.dtype)
         for running, batch in ((self.running_mean, mean), (self.running_var, var)):
             moved = (1 - share) * running + share * batch.to(running.dtype)
             running.copy_(torch.where(accept, moved, running))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from norm_matters.norms.base import BATCH_OPTIONS, BatchOptions, BatchwiseNorm, all_but_channels, per_channel
+from norm_matters.norms.base import BATCH_OPTIONS, BatchwiseNorm, all_but_channels, per_channel
 from norm_matters.norms.spec import Option
 
 SCALE_OPTIONS: Mapping[str, Option] = {
@@ -149,7 +149,7 @@ class _NormaliseBy(Function):
         var = sigma.square()
         y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         ctx.save_for_backward(x, weight, mean, sigma, gain, peaks, *extras)
-        ctx.eps, ctx.statistic, ctx.dtype = eps, statistic, dtype
+        ctx.eps, ctx.statistic, ctx.dtype, ctx.has_bias = eps, statistic, dtype, bias is not None
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -166,33 +166,28 @@ class _NormaliseBy(Function):
         r = (sigma.square() + ctx.eps).rsqrt()
         factor = -r.square() * sigma * scale * dweight * gain
         deviations = Deviations(x, mean, ctx.dtype)
-        if peaks is None:
+        places = None if peaks is None else _places(x, peaks)
+        if places is None:
             u = ctx.statistic.slope(deviations.dense(), tuple(extras))
             total = channel_sum(u)
         else:
-            places = _places(x, peaks)
             u = deviations.of(x[places], mean[:, None]).sign()
             total = u.sum(1, dtype=wide)
         offset = -(r * scale * dbias + factor * total) / channel_count(x)
         dx = torch.empty_like(x, dtype=wide)
         torch.addcmul(per_channel(offset, x), g, per_channel(r * scale, x), out=dx)
-        if peaks is None:
+        if places is None:
             dx.addcmul_(u, per_channel(factor, x))
         else:
             dx.index_put_(places, factor[:, None] * u, accumulate=True)
-        return dx.to(x.dtype), None if weight is None else dweight, dbias, None, None, None
+        affine = (dweight if weight is not None else None, dbias if ctx.has_bias else None)
+        return dx.to(x.dtype), *affine, None, None, None
 
 
 def _places(x: Tensor, peaks: Tensor) -> tuple[Tensor, ...]:
     """The indices into x (N, C, *) of places in the channels (C, k), which count images times positions."""
     image, *position = torch.unravel_index(peaks, (len(x), *x.shape[2:]))
     return (image, torch.arange(x.shape[1], device=x.device)[:, None], *position)
-
-
-class ScaleOptions(BatchOptions, total=False):
-    """Keyword arguments of the norms that estimate sigma by a constant times another statistic."""
-
-    constant: float | Literal["calibrated", "paper"]
 
 
 class ScaleNorm(BatchwiseNorm):

@@ -35,7 +35,8 @@ class TopKStatistic:
             return Measure(sigma, gain, peaks=places[:, : self.k])
         tied = channel_sum(_tied(_compare(deviations.dense(), threshold)))
         above = (largest > threshold[:, None]).sum(1)
-        return Measure(sigma, gain, (threshold, (self.k - above) / tied))
+        # At least one ties, but for rounding that a compiler left out or a NaN.
+        return Measure(sigma, gain, (threshold, (self.k - above) / tied.clamp(min=1)))
 
     def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """See `Statistic`."""

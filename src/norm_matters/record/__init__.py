@@ -1,7 +1,8 @@
 """What a run leaves behind: its folder, table, checkpoints, provenance and log. Only `checkpoint` imports torch."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from norm_matters.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from norm_matters.record.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -33,18 +34,14 @@ __all__ = [
     "write_provenance",
 ]
 
-_HOMES = {
-    "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
-    "files": ("remove_temporaries", "write_file"),
-    "folder": ("claim_run_folder", "default_name", "find_checkpoint", "is_run", "latest_checkpoint"),
-    "log": ("RunLog",),
-    "provenance": ("append_event", "collect_provenance", "write_provenance"),
-    "table": ("COLUMNS", "TIMING_COLUMNS", "append_row", "read_table", "trim_table"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
+        "files": ("remove_temporaries", "write_file"),
+        "folder": ("claim_run_folder", "default_name", "find_checkpoint", "is_run", "latest_checkpoint"),
+        "log": ("RunLog",),
+        "provenance": ("append_event", "collect_provenance", "write_provenance"),
+        "table": ("COLUMNS", "TIMING_COLUMNS", "append_row", "read_table", "trim_table"),
+    },
+)

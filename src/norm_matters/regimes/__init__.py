@@ -3,10 +3,10 @@
 `phases.py` documents the language. A regime's name is known here without importing torch.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from norm_matters.core.lazy import lazy_attributes
 from norm_matters.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -35,20 +35,18 @@ for _name, _summary in {
 }.items():
     REGIMES.register(_name, f"norm_matters.regimes.named:{_name.replace('-', '_')}", summary=_summary)
 
-_LAZY = {
-    "Regime": "regime",
-    "RegimeOptimizer": "optimizers",
-    "build_regime": "build",
-    "plot_lr": "plot",
-}
-
 
 def check_regime(name: str) -> None:
     """Raise UserError with the nearest name unless `name` is a named regime; imports nothing."""
     REGIMES.check(name)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "build": ("build_regime",),
+        "optimizers": ("RegimeOptimizer",),
+        "plot": ("plot_lr",),
+        "regime": ("Regime",),
+    },
+)

@@ -140,8 +140,8 @@ def legend(series: Iterable[Series]) -> Html:
 
 
 def value_text(value: float) -> str:
-    """A value as it is shown on hovering: four significant digits."""
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    """A value for the eye: four significant digits, or all before the point."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _is_log(panel: Panel) -> bool:
