@@ -6,6 +6,8 @@ The public functions and the rooms are imported at first use, so that importing 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from norm_matters.core.lazy import lazy_attributes
+
 if TYPE_CHECKING:
     from norm_matters.inference import evaluate, load_run, predict
     from norm_matters.models import create_model
@@ -24,22 +26,20 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
-    "inference": ("evaluate", "load_run", "predict"),
-    "models": ("create_model",),
-    "norms": ("convert_norm", "create_norm", "is_norm"),
-    "run": ("resume", "train"),
-}
 _ROOMS = ("core", "datasets", "engine", "models", "norms", "record", "regimes", "report", "transforms")
+_name = lazy_attributes(
+    __name__,
+    {
+        "inference": ("evaluate", "load_run", "predict"),
+        "models": ("create_model",),
+        "norms": ("convert_norm", "create_norm", "is_norm"),
+        "run": ("resume", "train"),
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"{__name__}.{name}")
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return importlib.import_module(f"{__name__}.{name}") if name in _ROOMS else _name(name)
 
 
 def __dir__() -> list[str]:

@@ -238,6 +238,8 @@ def compare(
         numbers = [_mean_and_deviation(row[metric], row[f"{metric}_std"]) for metric in metrics]
         lines.append([str(row["run"]), str(row["n"]), str(row["epoch"]), *numbers])
     _say_columns(lines)
+    for note in comparison.notes:
+        _say(f"note: {note}")
     _say(f"page {comparison.page}")
 
 

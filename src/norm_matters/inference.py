@@ -14,12 +14,12 @@ from norm_matters.core.config import RunConfig
 from norm_matters.core.errors import UserError
 from norm_matters.datasets import Loader, decode_image, load_dataset
 from norm_matters.datasets.folder import ENDINGS
+from norm_matters.engine.device import resolve_device
 from norm_matters.engine.evaluate import evaluate as score
 from norm_matters.engine.precision import PRECISIONS
 from norm_matters.engine.state import load_weights
 from norm_matters.models import build_model
 from norm_matters.record import find_checkpoint, load_checkpoint, read_table
-from norm_matters.run import resolve_device
 from norm_matters.transforms.batch import normalise
 from norm_matters.transforms.image import evaluation_pixels
 from norm_matters.transforms.preprocessing import Preprocessing

@@ -23,6 +23,7 @@ from norm_matters.core.config import (
 from norm_matters.core.errors import NumericalError, StorageError, UserError, nearest
 from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import Dataset, Loader, ResidentImages, check_dataset, load_dataset
+from norm_matters.engine.device import check_device, device_name, resolve_device
 from norm_matters.engine.loop import OnProgress, Progress, training_rows
 from norm_matters.engine.state import TrainingState
 from norm_matters.engine.step import StepOptions
@@ -54,31 +55,9 @@ DEFAULT_INPUT_SIZE = 224
 FREE_TO_CHANGE = {"data.workers", "data.dir", "data.download", "device", "train.epochs"}
 
 
-def check_device(name: str) -> None:
-    """Raise UserError when this machine has no such device."""
-    resolve_device(name)
-
-
 def check_phases(phases: list[dict[str, Any]]) -> None:
     """Raise UserError with what is wrong with the phases of a regime."""
     build_regime(RegimeConfig(phases=phases), default="constant")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU. UserError where there is none."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"'{name}' is no device; there are auto, cpu, cuda, cuda:N, mps") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"'{name}' is not to be had here: torch sees {torch.cuda.device_count()} CUDA devices")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("'mps' is not to be had here: torch sees no Apple GPU")
-    return device
 
 
 # What `load_config` asks of each value, so that every mistake is found before anything is built or created.
@@ -372,17 +351,13 @@ def _provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
     )
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def _headline(plan: Plan) -> str:
     model, clock = plan.config.model, plan.state.clock
     norm = model.norm or "its own norms"
     return (
         f"{_short(model.name)} with {norm} on {plan.config.data.name}, {len(plan.dataset.train)} training and "
         f"{len(plan.dataset.val)} {plan.dataset.val_name} images, epochs: {clock.epochs}, "
-        f"steps per epoch: {clock.steps_per_epoch}, {plan.config.train.precision} on {_device_name(plan.state.device)}"
+        f"steps per epoch: {clock.steps_per_epoch}, {plan.config.train.precision} on {device_name(plan.state.device)}"
     )
 
 

@@ -32,17 +32,34 @@ def paper_extreme_constant(n: int) -> float:
     return (1 + math.sqrt(math.pi * math.log(4))) / (2 * math.sqrt(2 * math.log(n)))
 
 
-@cache
+# The public functions are constants to torch.compile, which would otherwise look through a cache into what fills it.
 @torch.compiler.assume_constant_result
 def moment_constant(n: int, p: float) -> float:
     """The calibrated constant for `(mean |d|^p)^(1/p)` of n deviations; its limit for large n is the paper's.
 
-    Uses `E[M^-a] = E[e^(a V)] / Gamma(1 + a)` for M = mean |z|^p, where P(V > v) is the Laplace transform of M at e^v,
-    itself the n-th power of one integral.
-
     Args:
         n: values per channel, from 2.
         p: from 1.
+    """
+    return _moment_constant(n, p)
+
+
+@torch.compiler.assume_constant_result
+def extreme_constant(n: int, k: int) -> float:
+    """The calibrated constant for the mean of the k largest of n deviations.
+
+    Args:
+        n: values per channel, from 2.
+        k: from 1 to n.
+    """
+    return _extreme_constant(n, k)
+
+
+@cache
+def _moment_constant(n: int, p: float) -> float:
+    """By `E[M^-a] = E[e^(a V)] / Gamma(1 + a)` for M = mean |z|^p and a = 2/p.
+
+    P(V > v) is the Laplace transform of M at e^v, itself the n-th power of one integral.
     """
     if n < _FEW:
         return _constant_of_draws(n, lambda d: (d**p).mean(1) ** (1 / p))
@@ -59,16 +76,10 @@ def moment_constant(n: int, p: float) -> float:
 
 
 @cache
-@torch.compiler.assume_constant_result
-def extreme_constant(n: int, k: int) -> float:
-    """The calibrated constant for the mean of the k largest of n deviations.
+def _extreme_constant(n: int, k: int) -> float:
+    """By the expectation over the share of |z| beyond the (k+1)-th largest, which follows Beta(k + 1, n - k).
 
-    Given the share of a Gaussian's |z| beyond the (k+1)-th largest, which follows Beta(k + 1, n - k), the k largest
-    are independent draws from that tail, whose moments are known.
-
-    Args:
-        n: values per channel, from 2.
-        k: from 1 to n.
+    Given that share, the k largest are independent draws from the tail, whose moments are known.
     """
     if n < _FEW:
         return _constant_of_draws(n, lambda d: np.sort(d, axis=1)[:, n - k :].mean(1))

@@ -42,8 +42,8 @@ class L2Norm(BatchwiseNorm):
             y, mean, var = normalise_by(x, weight, bias, eps=self.eps, statistic=L2Statistic(), dtype=x.dtype)
             return y, mean, var * (n / (n - 1))
         # torch's kernel writes running statistics itself: it writes them here, with momentum 1, and the base class
-        # commits them if they are finite.
+        # commits them if they are finite. (Called directly: nn.functional.batch_norm refuses eps = 0 in training.)
         mean = torch.zeros(self.num_features, dtype=dtype, device=x.device)
         var = torch.zeros_like(mean)
-        y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, 1.0, self.eps)
+        y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, self.eps, torch.backends.cudnn.enabled)
         return y, mean, var

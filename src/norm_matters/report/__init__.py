@@ -1,7 +1,8 @@
 """Pages made from the files of runs: read, plots, page of one run (`write_report`) or several (`compare`). No torch."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from norm_matters.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from norm_matters.report.comparison import Comparison, compare
@@ -9,11 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare", "write_report"]
 
-_HOMES = {"Comparison": "comparison", "compare": "comparison", "write_report": "single"}
-
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that `norm-matters --help` does not wait for bokeh and pandas.
-    if name not in _HOMES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_attributes(__name__, {"comparison": ("Comparison", "compare"), "single": ("write_report",)})

@@ -133,7 +133,10 @@ def _last_epochs(series: Sequence[Series], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _mean_std(mean: float, std: float) -> str:
-    return value_text(mean) if math.isnan(std) else f"{value_text(mean)} ± {std:.2g}"
+    """The mean with its deviation in two significant digits (whole numbers from 100 on)."""
+    if math.isnan(std):
+        return value_text(mean)
+    return f"{value_text(mean)} ± {std:.2g}" if std < 100 else f"{value_text(mean)} ± {std:,.0f}"
 
 
 def _name(series: Series) -> Html:

@@ -3,10 +3,10 @@
 Importing this package imports no torch; its names are loaded at first use.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from norm_matters.core.lazy import lazy_attributes
 from norm_matters.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -38,7 +38,4 @@ TRANSFORMS.register(
 )
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Preprocessing":
-        return importlib.import_module("norm_matters.transforms.preprocessing").Preprocessing
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_attributes(__name__, {"preprocessing": ("Preprocessing",)})
