@@ -22,7 +22,8 @@ from norm_matters.core.config import (
 )
 from norm_matters.core.errors import NumericalError, StorageError, UserError, nearest
 from norm_matters.core.seeding import seed_everything
-from norm_matters.datasets import Dataset, Loader, ResidentImages, check_dataset, load_dataset
+from norm_matters.datasets import Dataset, Loader, check_dataset, load_dataset
+from norm_matters.datasets.entry import ENCODED_SIZE
 from norm_matters.engine.device import check_device, device_name, resolve_device
 from norm_matters.engine.loop import OnProgress, Progress, training_rows
 from norm_matters.engine.state import TrainingState
@@ -48,8 +49,6 @@ from norm_matters.record import (
 )
 from norm_matters.regimes import Regime, build_regime, check_regime
 from norm_matters.transforms import Preprocessing
-
-DEFAULT_INPUT_SIZE = 224
 
 # Settings of a recorded run that a resume may change, because no result depends on them.
 FREE_TO_CHANGE = {"data.workers", "data.dir", "data.download", "device", "train.epochs"}
@@ -158,9 +157,9 @@ def resume(
     ]
     if problems:
         raise UserError(*problems)
-    plan = prepare(config)
-    best, done = None, 0
     last = latest_checkpoint(folder)
+    plan = prepare(config, restored=last is not None)
+    best, done = None, 0
     if last is not None:
         checkpoint = load_checkpoint(last)
         saved = checkpoint.state
@@ -182,20 +181,23 @@ def resume(
     return _execute(plan, folder, best=best, on_progress=on_progress)
 
 
-def prepare(config: RunConfig) -> Plan:
-    """Build everything a run needs, without writing anything: whatever is wrong with the input is found here."""
+def prepare(config: RunConfig, *, restored: bool = False) -> Plan:
+    """Build everything a run needs, without writing anything: whatever is wrong with the input is found here.
+
+    Args:
+        restored: a checkpoint will replace the weights, so that pretrained ones are not asked for.
+    """
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = resolve_device(config.device)
     dataset = load_dataset(config.data, seed=config.seed)
     config = _complete(config, dataset)
-    input_size = dataset.size or config.data.input_size or DEFAULT_INPUT_SIZE
+    input_size = dataset.size or config.data.input_size or ENCODED_SIZE
     seed_everything(config.seed)
-    built = build_model(
-        config.model, num_classes=len(dataset.classes), in_channels=dataset.channels, input_size=input_size
-    )
-    preprocessing = choose_preprocessing(dataset, input_size=input_size, crop=built.crop)
+    initial = config.model.model_copy(update={"pretrained": False}) if restored else config.model
+    built = build_model(initial, num_classes=len(dataset.classes), in_channels=dataset.channels, input_size=input_size)
+    preprocessing = dataset.preprocessing(crop=built.crop, input_size=input_size)
     train_loader, val_loader = (
         Loader(
             images,
@@ -214,21 +216,6 @@ def prepare(config: RunConfig) -> Plan:
     clock = Clock(0, len(train_loader), config.train.epochs, min(config.data.batch_size, len(dataset.train)))
     state = TrainingState(built.module, regime, clock, device=device, precision=config.train.precision)
     return Plan(config, dataset, built, preprocessing, regime, state, train_loader, val_loader)
-
-
-def choose_preprocessing(dataset: Dataset, *, input_size: int, crop: str) -> Preprocessing:
-    """Preprocessing for images of that kind: shifted crops for small ones in memory, the model's own else."""
-    resident = isinstance(dataset.train, ResidentImages)
-    return Preprocessing(
-        channels=dataset.channels,
-        input_size=input_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        crop="pad" if resident else crop,  # type: ignore[arg-type]
-        pad=dataset.pad,
-        flip=dataset.flip,
-        resize=input_size if resident else round(input_size * 256 / 224),
-    )
 
 
 def _complete(config: RunConfig, dataset: Dataset) -> RunConfig:

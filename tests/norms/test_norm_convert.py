@@ -1,7 +1,5 @@
 """Conversion of built networks: what is carried over, what is refused, and that an error changes nothing."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -154,12 +152,10 @@ def test_timms_fused_activation_is_kept():
     model = nn.Sequential(layers.BatchNormAct2d(4, act_layer=nn.PReLU), layers.BatchNormAct2d(4, apply_act=False))
     keys = list(model.state_dict())
     x = torch.randn(4, 4, 3, 3)
-    old = copy.deepcopy(model)
     expected = model(x)
     report = convert_norm(model, "l2")
     assert report.rows == [("0", "BatchNormAct2d", "l2"), ("1", "BatchNormAct2d", "l2")]
     torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(model.eval()(x), old.train()(x) * 0 + model(x))
     assert isinstance(model[0].act, nn.PReLU)
     assert set(model.state_dict()) == set(keys)
     convert_norm(model, "none")

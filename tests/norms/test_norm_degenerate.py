@@ -109,11 +109,14 @@ def test_a_tie_is_shared_by_hand():
     torch.testing.assert_close(dx[:, 0], expected)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("spec", BATCH_SPECS)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_batch_that_is_not_finite_updates_nothing(spec, bad, momentum):
-    norm = create_norm(spec, 3, momentum=momentum)
+def test_a_batch_that_is_not_finite_updates_nothing(spec, momentum):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        check_refused_update(create_norm(spec, 3, momentum=momentum), bad)
+
+
+def check_refused_update(norm: torch.nn.Module, bad: float) -> None:
     norm(draw(8, 3, 4))
     before = {key: value.clone() for key, value in norm.state_dict().items()}
     x = draw(8, 3, 4, seed=1)
@@ -124,6 +127,16 @@ def test_a_batch_that_is_not_finite_updates_nothing(spec, bad, momentum):
     assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
     norm(draw(8, 3, 4, seed=2))
     assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("spec", SIGMA_SPECS)
+def test_a_variance_that_overflows_updates_nothing(spec):
+    """Finite input, finite mean, but sigma squared is beyond float32."""
+    norm = create_norm(spec, 2)
+    norm(1e30 * draw(8, 2, 4))
+    assert torch.equal(norm.running_var, torch.ones(2))
+    assert torch.equal(norm.running_mean, torch.zeros(2))
+    assert norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("spec", [*BATCH_SPECS, "instance", "layer"])

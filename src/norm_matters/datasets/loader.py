@@ -114,13 +114,13 @@ class Loader:
         for chunk in chunks:
             try:
                 batch = self._finish(next(results), epoch, chunk)
-            except RuntimeError as error:
-                # torch's words for a worker that was killed, and for one that hangs.
-                if not str(error).startswith("DataLoader "):
-                    raise
+            except BaseException as error:
                 self._kill_workers()
-                reason = str(error).splitlines()[0]
-                raise UserError(f"data.workers: {self.workers}: {reason}; try fewer workers") from error
+                # torch's words for a worker that was killed, and for one that hangs.
+                if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
+                    reason = str(error).splitlines()[0]
+                    raise UserError(f"data.workers: {self.workers}: {reason}; try fewer workers") from error
+                raise
             yield batch
 
     def _start(self) -> Iterator[Any]:
@@ -133,14 +133,18 @@ class Loader:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _kill_workers(self) -> None:
-        """Clear away what is left of the workers: a stopped one would keep this process from ever ending."""
+        """After an error: a worker that is stopped would keep this process from ever ending."""
         iterator: Any = self._reader._iterator
+        if iterator is None:
+            return
         # torch answers each worker's end with an exception out of nowhere as long as it counts as running.
         in_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
         for worker in iterator._workers:
             worker.kill()
         iterator._shutdown_workers()
+        # The next epoch starts new ones.
+        self._reader._iterator = None
         if in_main_thread:
             signal.signal(signal.SIGCHLD, handler)
 

@@ -34,7 +34,7 @@ class _Part(NamedTuple):
 def read_parquet(data: "DataConfig", argument: str) -> Source:
     """Read `train*.parquet` with `validation*` or `test*.parquet`, in a folder or its subfolder `data`, or one file.
 
-    A single file gets a holdout. Small images of one size are held in memory decoded, others as they are. Names of
+    A single file gets a holdout. Small images of one size are held in memory decoded, others encoded. Names of
     classes come from the Hugging Face metadata, or from labels that are text; otherwise they are numbers.
 
     Args:
