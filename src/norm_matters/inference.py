@@ -128,7 +128,7 @@ def evaluate(
     """
     run = load_run(target, device=device)
     data = run.config.data.model_copy(update={"dir": data_dir} if data_dir else {})
-    dataset = load_dataset(data, seed=run.config.seed)
+    dataset = load_dataset(data)
     if list(dataset.classes) != run.classes:
         raise UserError(f"the classes of '{data.name}' are not those the network was trained on")
     loader = Loader(

@@ -191,7 +191,7 @@ def prepare(config: RunConfig, *, restored: bool = False) -> Plan:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = resolve_device(config.device)
-    dataset = load_dataset(config.data, seed=config.seed)
+    dataset = load_dataset(config.data)
     config = _complete(config, dataset)
     input_size = dataset.size or config.data.input_size or ENCODED_SIZE
     seed_everything(config.seed)
