@@ -16,7 +16,7 @@ from norm_matters.datasets import Loader, decode_image, load_dataset
 from norm_matters.datasets.folder import ENDINGS
 from norm_matters.engine.device import resolve_device
 from norm_matters.engine.evaluate import evaluate as score
-from norm_matters.engine.precision import PRECISIONS
+from norm_matters.engine.precision import PRECISIONS, input_dtype
 from norm_matters.engine.state import load_weights
 from norm_matters.models import build_model
 from norm_matters.record import find_checkpoint, load_checkpoint, read_table
@@ -53,9 +53,8 @@ class LoadedRun:
     def logits(self, images: Tensor) -> Tensor:
         """Scores of images (N, C, H, W) as `transform` gives them: float32 (N, classes)."""
         precision = PRECISIONS[self.config.train.precision]
-        dtype = next((p.dtype for p in self.model.parameters() if p.ndim > 1), torch.float32)
         with torch.no_grad(), precision.context(self.device):
-            return self.model(images.to(self.device, dtype)).float()
+            return self.model(images.to(self.device, input_dtype(self.model))).float()
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,12 @@ def evaluate(
         device=run.device,
         transform=run.own_transform,
     )
-    dtype = next((p.dtype for p in run.model.parameters() if p.ndim > 1), torch.float32)
     scores = score(
         run.model,
         loader.epoch(0),
         device=run.device,
         precision=PRECISIONS[run.config.train.precision],
-        input_dtype=dtype,
+        input_dtype=input_dtype(run.model),
     )
     return {
         "loss": scores.loss,

@@ -25,12 +25,13 @@ def step(spec: str, x: torch.Tensor, g: torch.Tensor, **options: object) -> tupl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stats_dtype", ["float32", "input"])
 @pytest.mark.parametrize("spec", BATCH_SPECS)
-def test_constant_channel(spec, dtype):
+def test_constant_channel(spec, stats_dtype, dtype):
     """Its output is the bias and its gradient finite: eps stands in for the variance."""
     x, g = draw(8, 2, 4, 4, dtype=dtype), draw(8, 2, 4, 4, seed=1, dtype=dtype)
     x[:, 0] = 0.1
-    norm = create_norm(spec, 2, dtype=dtype)
+    norm = create_norm(spec, 2, dtype=dtype, stats_dtype=stats_dtype)
     torch.nn.init.constant_(norm.bias, 0.5)
     x.requires_grad_()
     y = norm(x)

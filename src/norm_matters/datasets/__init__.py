@@ -4,10 +4,10 @@ A new source is one file with an `ENTRY` and one `register` line here. Importing
 its names are loaded at first use.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.lazy import lazy_attributes
 from norm_matters.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -49,18 +49,14 @@ for _name, _module, _summary in (
 # The sources whose name goes on after a colon, and what stands there.
 ARGUMENTS = {"imagefolder": "DIR", "parquet": "DIR_OR_FILE"}
 
-_MODULES = {
-    "entry": ("Dataset", "DatasetEntry", "load_dataset"),
-    "images": ("EncodedImages", "ResidentImages", "decode_image"),
-    "loader": ("Batch", "Loader"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "entry": ("Dataset", "DatasetEntry", "load_dataset"),
+        "images": ("EncodedImages", "ResidentImages", "decode_image"),
+        "loader": ("Batch", "Loader"),
+    },
+)
 
 
 def check_dataset(name: str) -> None:

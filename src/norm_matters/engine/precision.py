@@ -52,6 +52,11 @@ PRECISIONS = {
 }
 
 
+def input_dtype(module: nn.Module) -> torch.dtype:
+    """What a network's images are cast to: that of its first weight of two or more dimensions (norms have none)."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.ndim > 1), torch.float32)
+
+
 class LossScale:
     """A loss scale that halves after an overflow and doubles after a long run without one.
 

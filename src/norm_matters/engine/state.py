@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from norm_matters.core.clock import Clock
 from norm_matters.core.errors import UserError
-from norm_matters.engine.precision import PRECISIONS, LossScale
+from norm_matters.engine.precision import PRECISIONS, LossScale, input_dtype
 from norm_matters.engine.rng import restore_rng, rng_state
 from norm_matters.regimes import Regime, RegimeOptimizer
 
@@ -50,7 +50,7 @@ class TrainingState:
             }
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.optimizer = RegimeOptimizer(module, regime, trained | self.masters)
-        self.input_dtype = next((p.dtype for p in trained.values() if p.ndim > 1), torch.float32)
+        self.input_dtype = input_dtype(module)
         # Bound once: a named_parameters() walk at every step costs more than a small network's arithmetic.
         self._pairs = [(self.masters[name], parameter) for name, parameter in trained.items() if name in self.masters]
 
