@@ -174,7 +174,7 @@ def drop_norm_buffer(model, training, state) -> None:
 @pytest.mark.parametrize("change", [drop_momentum, drop_norm_buffer])
 def test_a_checkpoint_with_a_part_missing_is_refused_by_name(folder, halfway, change) -> None:
     run = tampered(folder, halfway, change.__name__, change)
-    with pytest.raises(UserError, match="momentum_buffer|running_var"):
+    with pytest.raises(UserError, match=r"momentum_buffer|running_var"):
         resume(run, overrides=["train.epochs=6"])
 
 

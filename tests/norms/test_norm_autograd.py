@@ -86,7 +86,7 @@ def test_activation_in_place_behind_the_norm(spec, training):
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk:k=4", "lp:p=3", "mean"])
+@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk:k=4", "topk:k=900", "lp:p=3", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keeps_the_input_and_numbers_per_channel(spec, dtype):
     x = draw(32, 4, 8, 8, dtype=dtype).requires_grad_()

@@ -31,7 +31,8 @@ class TopKStatistic:
         largest, threshold = values[:, : self.k], values[:, self.k - 1]
         sigma = self.constant * largest.mean(1, dtype=deviations.mean.dtype)
         gain = torch.full_like(sigma, self.constant / self.k)
-        if _no_ties(values, self.k):
+        # Places are kept for the backward pass: not where they would be many against the input.
+        if 8 * self.k <= deviations.n and _no_ties(values, self.k):
             return Measure(sigma, gain, peaks=places[:, : self.k])
         tied = channel_sum(_tied(_compare(deviations.dense(), threshold)))
         above = (largest > threshold[:, None]).sum(1)
