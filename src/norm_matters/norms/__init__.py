@@ -3,9 +3,9 @@
 Importing this package imports no torch; the exported names are loaded on first use.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from norm_matters.core.lazy import lazy_attributes
 from norm_matters.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,22 +26,6 @@ NORMS.register("group", "norm_matters.norms.group:GroupNorm", summary="per image
 NORMS.register("layer", "norm_matters.norms.group:LayerNorm", summary="per image, over all channels and positions")
 NORMS.register("instance", "norm_matters.norms.group:InstanceNorm", summary="per image and channel")
 
-_EXPORTS = {
-    "Norm": "base",
-    "NormFactory": "build",
-    "canonical_spec": "build",
-    "check_spec": "build",
-    "create_norm": "build",
-    "norm_factory": "build",
-    "ConversionReport": "convert",
-    "convert_norm": "convert",
-    "has_spec": "query",
-    "is_norm": "query",
-    "name_norms": "query",
-    "norms_of": "query",
-    "spec_of": "query",
-}
-
 __all__ = [
     "NORMS",
     "ConversionReport",
@@ -59,8 +43,12 @@ __all__ = [
     "spec_of",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "base": ("Norm",),
+        "build": ("NormFactory", "canonical_spec", "check_spec", "create_norm", "norm_factory"),
+        "convert": ("ConversionReport", "convert_norm"),
+        "query": ("has_spec", "is_norm", "name_norms", "norms_of", "spec_of"),
+    },
+)
