@@ -28,7 +28,7 @@ def write_set(folder: Path, *, compressed: bool = False, side: int = 28) -> dict
     for name, array in arrays.items():
         data = idx_bytes(array)
         if compressed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data, mtime=0))
         else:
             (folder / name).write_bytes(data)
     return arrays
@@ -112,9 +112,9 @@ def test_read_idx_keeps_shape_and_order(tmp_path):
         ("long", GOOD + b"\0"),
         ("huge", struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 2**31)),
         ("not.gz", GOOD),
-        ("cut.gz", gzip.compress(GOOD)[:-9]),
-        ("damaged.gz", gzip.compress(GOOD)[:14] + b"\xff\xff" + gzip.compress(GOOD)[16:]),
-        ("bomb.gz", gzip.compress(GOOD + bytes(10**6))),
+        ("cut.gz", gzip.compress(GOOD, mtime=0)[:-9]),
+        ("damaged.gz", gzip.compress(GOOD, mtime=0)[:14] + b"\xff\xff" + gzip.compress(GOOD, mtime=0)[16:]),
+        ("bomb.gz", gzip.compress(GOOD + bytes(10**6), mtime=0)),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, data):
