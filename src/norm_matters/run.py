@@ -267,6 +267,10 @@ def _execute(plan: Plan, folder: Path, *, best: dict[str, Any] | None, on_progre
             if isinstance(error, KeyboardInterrupt | NumericalError):
                 write_report(folder)
         raise
+    finally:
+        # Not left to the end of the interpreter, where a worker's end can meet anything.
+        plan.train.close()
+        plan.val.close()
     log.write("done")
     rows = read_table(folder / "results.csv")
     return RunResult(folder, rows, write_report(folder), rows[-1])

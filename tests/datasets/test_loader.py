@@ -175,7 +175,7 @@ def test_a_broken_image_is_one_line_from_any_process(tmp_path, workers):
     assert "\n" not in caught.value.problems[0]
     # The loader can be used again.
     assert len(next(loader.epoch(0)).images) == 6
-    loader._kill_workers()
+    loader.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

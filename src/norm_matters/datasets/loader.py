@@ -110,18 +110,17 @@ class Loader:
         order = self.order(epoch)
         chunks = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         self._work[:] = [(epoch, chunk) for chunk in chunks]
-        results = self._start()
-        for chunk in chunks:
-            try:
-                batch = self._finish(next(results), epoch, chunk)
-            except BaseException as error:
-                self._kill_workers()
-                # torch's words for a worker that was killed, and for one that hangs.
-                if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
-                    reason = str(error).splitlines()[0]
-                    raise UserError(f"data.workers: {self.workers}: {reason}; try fewer workers") from error
-                raise
-            yield batch
+        try:
+            results = self._start()
+            for chunk in chunks:
+                yield self._finish(next(results), epoch, chunk)
+        except BaseException as error:
+            self.close()
+            # torch's words for a worker that was killed, and for one that hangs.
+            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
+                reason = str(error).splitlines()[0]
+                raise UserError(f"data.workers: {self.workers}: {reason}; try fewer workers") from error
+            raise
 
     def _start(self) -> Iterator[Any]:
         # Ctrl-C reaches every process of the run, and only the main one answers it. Workers inherit the blocked
@@ -132,8 +131,11 @@ class Loader:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _kill_workers(self) -> None:
-        """After an error: a worker that is stopped would keep this process from ever ending."""
+    def close(self) -> None:
+        """End the workers, if there are any; the next epoch starts new ones.
+
+        After an error above all: a worker that is stopped would keep this process from ever ending.
+        """
         iterator: Any = self._reader._iterator
         if iterator is None:
             return
@@ -143,7 +145,6 @@ class Loader:
         for worker in iterator._workers:
             worker.kill()
         iterator._shutdown_workers()
-        # The next epoch starts new ones.
         self._reader._iterator = None
         if in_main_thread:
             signal.signal(signal.SIGCHLD, handler)
