@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from norm_matters.norms import create_norm
+from norm_matters.norms.which import statistic_norm
 
 BATCH_SPECS = ["l2", "l1", "linf", "topk:k=1", "topk:k=4", "topk:k=999", "lp:p=1", "lp:p=1.5", "lp:p=3", "mean"]
+BATCH_SPECS += ["rms"]
 BATCH_SPECS += ["linf:constant=paper", "lp:p=3,constant=paper", "l1:constant=0.3", "mean:scale=true", "l2:eps=0.001"]
-IMAGE_SPECS = ["group:groups=2", "layer", "instance", "none"]
+IMAGE_SPECS = ["group:groups=2", "layer", "instance", "position", "none"]
+IMAGE_SPECS += ["group:groups=2,statistic=l1", "layer:statistic=topk:k=4", "instance:statistic=lp:p=3"]
+IMAGE_SPECS += ["position:statistic=l1", "position:statistic=rms", "group:groups=2,statistic=mean"]
 CHANNELS = 6
 SHAPES = [(16, 6), (5, 6, 7), (4, 6, 5, 3), (2, 6, 3, 4, 5)]
 # Rounding of the input and of the output, in units of the largest value.
@@ -28,61 +32,76 @@ class Expected(NamedTuple):
     var: np.ndarray
 
 
-def sigma_and_slope(d: np.ndarray, norm: torch.nn.Module) -> tuple[float, np.ndarray]:
-    """Sigma of one channel's deviations and dsigma/dd, straight from the formulas of the paper."""
+def sigma_and_slope(d: np.ndarray, estimator: torch.nn.Module) -> tuple[float, np.ndarray]:
+    """Sigma of the deviations of one set of values and dsigma/dd, straight from the formulas of the paper."""
     n, size = len(d), np.abs(d)
-    name = norm.name
-    if name in ("l2", "group", "layer", "instance"):
+    name = estimator.name
+    if name in ("l2", "rms"):
         sigma = math.sqrt(np.mean(d**2))
         return sigma, d / (n * sigma) if sigma else d
     if name == "mean":
         return 1.0, np.zeros(n)
-    if norm.constant == "calibrated":
-        constant = norm.calibrated_constant(n)
+    if estimator.constant == "calibrated":
+        constant = estimator.calibrated_constant(n)
     else:
-        constant = norm.paper_constant(n) if norm.constant == "paper" else norm.constant
+        constant = estimator.paper_constant(n) if estimator.constant == "paper" else estimator.constant
     if name == "l1":
         return constant * np.mean(size), constant * np.sign(d) / n
     if name == "lp":
-        p, moment = norm.p, np.mean(size**norm.p)
+        p, moment = estimator.p, np.mean(size**estimator.p)
         slope = moment ** (1 / p - 1) * size ** (p - 1) * np.sign(d) / n if moment else 0 * d
         return constant * moment ** (1 / p), constant * slope
-    k = 1 if name == "linf" else min(norm.k, n)
+    k = 1 if name == "linf" else min(estimator.k, n)
     threshold = np.sort(size)[-k]
     ties = size == threshold
     weight = np.where(size > threshold, 1.0, np.where(ties, (k - np.sum(size > threshold)) / np.sum(ties), 0.0))
     return constant * np.sum(weight * size) / k, constant * weight * np.sign(d) / k
 
 
+def sets_of(norm: torch.nn.Module, shape: tuple[int, ...]) -> np.ndarray:
+    """A number for each value (N, C, *), equal where the values are normalised together."""
+    count, channels, *space = shape
+    image, channel, place = (
+        np.arange(size).reshape(per)
+        for size, per in ((count, (-1, 1, 1)), (channels, (1, -1, 1)), (math.prod(space), (1, 1, -1)))
+    )
+    groups = {"group": getattr(norm, "groups", 1), "layer": 1, "instance": channels}
+    if norm.name in groups:
+        labels = image * channels + channel // (channels // groups[norm.name]) + 0 * place
+    elif norm.name == "position":
+        labels = image * place.size + place + 0 * channel
+    else:
+        labels = channel + 0 * (image + place)
+    return labels.reshape(shape)
+
+
 def reference(x: np.ndarray, g: np.ndarray, norm: torch.nn.Module) -> Expected:
     """What a norm in training computes for input x and output gradient g, both (N, C, *), in float64."""
     x, g = x.astype(np.float64), g.astype(np.float64)
-    count, channels = x.shape[:2]
-    by_image = norm.name in ("group", "layer", "instance")
-    groups = {"group": getattr(norm, "groups", 0), "layer": 1, "instance": channels}.get(norm.name, channels)
+    channels = x.shape[1]
+    per = (1, -1) + (1,) * (x.ndim - 2)
     weight, bias = (
         fallback if (p := getattr(norm, key)) is None else p.detach().double().numpy()
         for key, fallback in (("weight", np.ones(channels)), ("bias", np.zeros(channels)))
     )
-    y, dx = np.empty_like(x), np.empty_like(x)
-    xhat, mean, var = np.empty_like(x), np.empty(channels), np.empty(channels)
-    # A set of values that are normalised together: some channels, and one image or all.
-    for image in [slice(i, i + 1) for i in range(count)] if by_image else [slice(None)]:
-        for group in np.split(np.arange(channels), groups):
-            index = (image, group)
-            shape = x[index].shape
-            per = (1, len(group)) + (1,) * (x.ndim - 2)
-            w, b = weight[group].reshape(per), bias[group].reshape(per)
-            values, center = x[index].ravel(), np.mean(x[index])
-            d = values - center
-            sigma, slope = sigma_and_slope(d, norm)
-            r = 1 / math.sqrt(sigma**2 + norm.eps)
-            gh = (g[index] * w).ravel()
-            gd = gh * r - np.sum(gh * d) * r**3 * sigma * slope
-            dx[index] = (gd - np.mean(gd)).reshape(shape)
-            xhat[index] = (d * r).reshape(shape)
-            y[index] = xhat[index] * w + b
-            mean[group], var[group] = center, sigma**2
+    estimator = statistic_norm(norm.statistic) if isinstance(getattr(norm, "statistic", None), str) else norm
+    centred = estimator.name != "rms"
+    eps = 0.0 if estimator.name == "mean" else norm.eps
+    dx, xhat, mean, var = np.empty_like(x), np.empty_like(x), np.empty(channels), np.empty(channels)
+    labels = sets_of(norm, x.shape)
+    gh = g * weight.reshape(per)
+    for label in np.unique(labels):
+        chosen = labels == label
+        center = np.mean(x[chosen]) if centred else 0.0
+        d = x[chosen] - center
+        sigma, slope = sigma_and_slope(d, estimator)
+        r = 1 / math.sqrt(sigma**2 + eps)
+        gd = gh[chosen] * r - np.sum(gh[chosen] * d) * r**3 * sigma * slope
+        dx[chosen] = gd - np.mean(gd) if centred else gd
+        xhat[chosen] = d * r
+        # Of use for batch norms only, whose sets are the channels.
+        mean[label % channels], var[label % channels] = center, sigma**2
+    y = xhat * weight.reshape(per) + bias.reshape(per)
     over = (0, *range(2, x.ndim))
     n = x.size // channels
     if norm.name == "l2":
@@ -128,7 +147,7 @@ def assert_near(actual: torch.Tensor, expected: np.ndarray, tolerance: float) ->
 def test_training_step_equals_reference(spec, dtype):
     for shape in SHAPES:
         # An instance norm has nothing to normalise in (N, C).
-        for layout in LAYOUTS if (spec, len(shape)) != ("instance", 2) else []:
+        for layout in LAYOUTS if not (spec.startswith("instance") and len(shape) == 2) else []:
             check_training_step(spec, dtype, shape, layout)
 
 
@@ -297,3 +316,28 @@ def test_strided_batches_of_many_pixels_with_few_channels():
     y.backward(g)
     assert_near(y, expected.y, 3e-6)
     assert_near(x.grad, expected.dx, 6e-6)
+
+
+@pytest.mark.parametrize("statistic", ["l2", "l1", "rms"])
+def test_position_norm_over_the_last_dimension(statistic):
+    """The tokens of a transformer, (N, L, C), are the positions of (N, C, L) with the channels last."""
+    first, last = (build(f"position:statistic={statistic},channel_dim={dim}") for dim in (1, -1))
+    x, g = make((4, CHANNELS, 5), torch.float32)
+    leaves = [x.clone().requires_grad_(), x.transpose(1, 2).contiguous().requires_grad_()]
+    first(leaves[0]).backward(g)
+    y = last(leaves[1])
+    y.backward(g.transpose(1, 2))
+    assert y.is_contiguous()
+    torch.testing.assert_close(leaves[0].grad.transpose(1, 2), leaves[1].grad)
+    with pytest.raises(ValueError, match=r"expects \(N, ..., 6\), got \(4, 6, 5\)"):
+        last(x)
+
+
+def test_position_norms_are_torchs_layer_and_rms_norm():
+    x = make((4, 5, CHANNELS), torch.float32)[0]
+    ours, theirs = build("position:channel_dim=-1"), torch.nn.LayerNorm(CHANNELS)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours, theirs = build("position:statistic=rms,channel_dim=-1"), torch.nn.RMSNorm(CHANNELS, eps=1e-5)
+    theirs.weight = ours.weight
+    torch.testing.assert_close(ours(x), theirs(x) + ours.bias)

@@ -1,10 +1,13 @@
 """From a spec's text to norms."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from norm_matters.core.errors import UserError
 from norm_matters.norms import NORMS
-from norm_matters.norms.base import BATCH_OPTIONS, Norm
-from norm_matters.norms.spec import canonical_text, complete_options, parse_spec
+from norm_matters.norms.base import Norm
+from norm_matters.norms.batchwise import BATCH_OPTIONS
+from norm_matters.norms.spec import Option, canonical_text, complete_options, parse_spec
 
 _PLACE = ("device", "dtype")
 
@@ -30,11 +33,22 @@ def resolve_spec(spec: str, **options: Any) -> ResolvedSpec:
     parsed = parse_spec(spec)
     norm = NORMS.get(parsed.name)
     valid = norm.OPTIONS
-    stated = {key: valid[key].read(text) if key in valid else text for key, text in parsed.options.items()}
+    texts = _name_positional(spec, parsed.options, valid)
+    stated = {key: valid[key].read(text) if key in valid else text for key, text in texts.items()}
     shared = {key: value for key, value in options.items() if key in valid or key not in BATCH_OPTIONS}
     values = {**shared, **stated}
-    complete_options(spec, values, valid)
-    return ResolvedSpec(norm, values)
+    complete = complete_options(spec, values, valid)
+    return ResolvedSpec(norm, {key: complete[key] for key in values})
+
+
+def _name_positional(spec: str, texts: Mapping[str, str], valid: Mapping[str, Option]) -> dict[str, str]:
+    """Give the value that was written without a key the key it belongs to."""
+    if "" not in texts:
+        return dict(texts)
+    key = next((key for key, option in valid.items() if option.positional), None)
+    if key is None:
+        raise UserError(f"norm '{spec}': '{texts['']}' is no KEY=VALUE; write e.g. topk:k=10")
+    return {given or key: text for given, text in texts.items()}
 
 
 def canonical_spec(spec: str, **options: Any) -> str:

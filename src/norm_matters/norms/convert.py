@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from norm_matters.norms.base import BATCH_OPTIONS, FUSED, BatchwiseNorm, Norm
+from norm_matters.norms.base import FUSED, Norm
+from norm_matters.norms.batchwise import BATCH_OPTIONS, BatchwiseNorm
 from norm_matters.norms.build import create_norm
 
 _TORCH_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

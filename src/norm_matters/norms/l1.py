@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from norm_matters.norms.scale import Deviations, Measure, ScaleNorm, channel_sum
+from norm_matters.norms.batchwise import ScaleNorm
+from norm_matters.norms.statistic import Deviations, Measure, Statistic
 
 
 @dataclass(frozen=True)
-class L1Statistic:
+class L1Statistic(Statistic):
     """sigma = constant * mean|d|; its derivative is the sign of d, 0 at 0."""
 
     constant: float
@@ -18,7 +19,7 @@ class L1Statistic:
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`."""
         gain = self.constant / deviations.n
-        sigma = gain * channel_sum(deviations.dense().abs_())
+        sigma = gain * deviations.sum(deviations.dense().abs_())
         return Measure(sigma, torch.full_like(sigma, gain))
 
     def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
@@ -37,8 +38,6 @@ class L1Norm(ScaleNorm):
     def calibrated_constant(self, n: int) -> float:
         """See `ScaleNorm`."""
         return math.sqrt(math.pi / 2)
-
-    paper_constant = calibrated_constant
 
     def statistic(self, n: int, constant: float) -> L1Statistic:
         """See `ScaleNorm`."""

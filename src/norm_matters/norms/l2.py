@@ -5,17 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from norm_matters.norms.base import BatchwiseNorm
-from norm_matters.norms.scale import Deviations, Measure, accumulator, channel_count, channel_sum, normalise_by
+from norm_matters.norms.batchwise import BatchwiseNorm
+from norm_matters.norms.reduce import accumulator
+from norm_matters.norms.statistic import Deviations, Measure, Statistic
 
 
 @dataclass(frozen=True)
-class L2Statistic:
-    """sigma = sqrt(mean d^2), the squares kept in the dtype of d: for statistics in the input's precision."""
+class L2Statistic(Statistic):
+    """sigma = sqrt(mean d^2), the squares kept in the dtype of d."""
 
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the variance is rounded to the dtype of d, as the squares are."""
-        total = channel_sum(deviations.dense().square_())
+        total = deviations.sum(deviations.dense().square_())
         sigma = (total / deviations.n).to(deviations.dtype).to(total.dtype).sqrt()
         return Measure(sigma, torch.where(sigma == 0, 0, 1 / (deviations.n * sigma)))
 
@@ -33,17 +34,22 @@ class L2Norm(BatchwiseNorm):
 
     name = "l2"
 
+    def statistic_for(self, n: int) -> L2Statistic:
+        """See the base class."""
+        return L2Statistic()
+
     def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the base class."""
         dtype = accumulator(x)
-        weight, bias = self.affine_in(dtype)
-        n = channel_count(x)
-        if self.compute_dtype(x) != dtype:
-            y, mean, var = normalise_by(x, weight, bias, eps=self.eps, statistic=L2Statistic(), dtype=x.dtype)
+        reducer = self.reducer()
+        if self.compute_dtype(x) != dtype or not reducer.plain:
+            n = reducer.count(x)
+            y, mean, var = super().normalise_batch(x)
             return y, mean, var * (n / (n - 1))
+        weight, bias = self.affine_in(dtype)
         # torch's kernel writes running statistics itself: it writes them here, with momentum 1, and the base class
         # commits them if they are finite. (Called directly: nn.functional.batch_norm refuses eps = 0 in training.)
-        mean = torch.zeros(self.num_features, dtype=dtype, device=x.device)
+        mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
         var = torch.zeros_like(mean)
         y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, self.eps, torch.backends.cudnn.enabled)
         return y, mean, var

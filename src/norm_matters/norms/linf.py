@@ -2,8 +2,8 @@
 
 from operator import index
 
+from norm_matters.norms.batchwise import ScaleNorm
 from norm_matters.norms.constants import extreme_constant, paper_extreme_constant
-from norm_matters.norms.scale import ScaleNorm
 from norm_matters.norms.topk import TopKStatistic
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from norm_matters.norms.base import per_channel
+from norm_matters.norms.batchwise import SCALE_OPTIONS, ScaleNorm
 from norm_matters.norms.constants import moment_constant, paper_moment_constant
-from norm_matters.norms.scale import SCALE_OPTIONS, Deviations, Measure, ScaleNorm, channel_sum
 from norm_matters.norms.spec import Option
+from norm_matters.norms.statistic import Deviations, Measure, Statistic
 
 
 @dataclass(frozen=True)
-class LpStatistic:
+class LpStatistic(Statistic):
     """sigma = constant * (mean |d|^p)^(1/p).
 
     Powers are taken of |d| over its maximum, so that they neither overflow nor vanish, whatever the scale of d.
@@ -26,9 +27,9 @@ class LpStatistic:
 
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the extra is the largest |d|, or 1 in a channel of zeros."""
-        largest = deviations.image_extents().amax(0)
+        largest = deviations.largest()
         largest = torch.where(largest == 0, 1, largest)
-        mean = channel_sum(self._relative(deviations.dense(), largest).pow_(self.p)) / deviations.n
+        mean = deviations.sum(self._relative(deviations.dense(), largest).pow_(self.p)) / deviations.n
         sigma = self.constant * largest * mean.pow(1 / self.p)
         # A channel of zeros has no slope; 0^(1/p - 1) would make it infinite.
         gain = torch.where(mean == 0, 0, mean.pow(1 / self.p - 1)) * (self.constant / deviations.n)

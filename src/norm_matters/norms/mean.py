@@ -1,14 +1,30 @@
 """Mean-only batch norm, the companion of normalised weights (Salimans & Kingma 2016; Hoffer et al. 2018)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from norm_matters.norms.base import BATCH_OPTIONS, BatchwiseNorm, per_channel
-from norm_matters.norms.scale import channel_count, channel_sum
+from norm_matters.norms.base import per_channel
+from norm_matters.norms.batchwise import BATCH_OPTIONS, BatchwiseNorm
+from norm_matters.norms.reduce import channel_count, channel_sum
 from norm_matters.norms.spec import Option
+from norm_matters.norms.statistic import Deviations, Measure, Statistic
+
+
+@dataclass(frozen=True)
+class UnitStatistic(Statistic):
+    """sigma = 1, whatever the deviations."""
+
+    def measure(self, deviations: Deviations) -> Measure:
+        """See `Statistic`."""
+        return Measure(torch.ones_like(deviations.mean), None)
+
+    def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
+        """See `Statistic`; never asked for."""
+        raise AssertionError("sigma does not depend on the deviations")
 
 
 class MeanNorm(BatchwiseNorm):
@@ -36,8 +52,14 @@ class MeanNorm(BatchwiseNorm):
         """See the base class."""
         return self.scale
 
-    def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def statistic_for(self, n: int) -> UnitStatistic:
         """See the base class."""
+        return UnitStatistic()
+
+    def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class; on one rank in torch's own operations, which can be differentiated twice."""
+        if not self.reducer().plain:
+            return super().normalise_batch(x)
         dtype = self.compute_dtype(x)
         mean = channel_sum(x) / channel_count(x)
         y = x.to(dtype) - per_channel(mean.to(dtype), x)

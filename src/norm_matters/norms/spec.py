@@ -1,12 +1,12 @@
 """The text that names a norm: `l2`, `topk:k=10`, `ghost:size=32,base=(topk:k=10)`.
 
 Grammar: `NAME[:KEY=VALUE[,KEY=VALUE]...]`. A value in parentheses is taken as it stands, so that it can hold a spec
-with colons and commas of its own.
+with colons and commas of its own. `timm:frn` gives a value without its key, to the option marked `positional`.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ class ParsedSpec:
 
     Attributes:
         name: of the norm; not looked up yet.
-        options: key -> text of the value, parentheses removed, in the order written.
+        options: key -> text of the value, parentheses removed, in the order written; the key of a first value without
+            one is empty.
     """
 
     name: str
@@ -33,21 +34,25 @@ class Option:
     """What one option of a norm accepts.
 
     Attributes:
-        kind: type of the value.
+        kind: type of the value; "text" is any text that `canonical` takes.
         default: what holds when the option is not given.
         minimum: smallest number accepted; `above=True` excludes it.
         maximum: largest number accepted.
         words: texts accepted besides (or, with kind "word", instead of) a number; "none" stands for None.
         shown: the canonical text always names this option, also at its default.
+        positional: the text gives this option without its key.
+        canonical: brings a value to the form that equal values share; raises UserError for one that it does not know.
     """
 
-    kind: Literal["int", "float", "bool", "word"]
+    kind: Literal["int", "float", "bool", "word", "text"]
     default: Any
     minimum: float = -math.inf
     maximum: float = math.inf
     above: bool = False
     words: tuple[str, ...] = ()
     shown: bool = False
+    positional: bool = False
+    canonical: Callable[[Any], Any] | None = None
 
     def read(self, text: str) -> Any:
         """The value a text stands for; a text that stands for none is returned as it is, for `check` to refuse."""
@@ -64,6 +69,8 @@ class Option:
         """Whether `value` (not its text) is valid."""
         if value in self.words or (value is None and "none" in self.words):
             return True
+        if self.kind == "text":
+            return isinstance(value, str)
         if self.kind in ("bool", "word"):
             return self.kind == "bool" and isinstance(value, bool)
         if isinstance(value, bool) or not isinstance(value, int if self.kind == "int" else (int, float)):
@@ -73,7 +80,7 @@ class Option:
 
     def describe(self) -> str:
         """What is valid, for messages: `an integer from 1`."""
-        names = {"int": "an integer", "float": "a number", "bool": "true or false", "word": ""}
+        names = {"int": "an integer", "float": "a number", "bool": "true or false", "word": "", "text": "a text"}
         lower = "" if self.minimum == -math.inf else f" {'above' if self.above else 'from'} {self.minimum:g}"
         upper = "" if self.maximum == math.inf else f" to {self.maximum:g}"
         number = names[self.kind] + lower + upper
@@ -92,7 +99,9 @@ def parse_spec(text: str) -> ParsedSpec:
     options: dict[str, str] = {}
     for part in _split_outside_parentheses(rest, text) if colon else []:
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not key or not value:
+        if key and not equals and not options:
+            key, value = "", key
+        elif not equals or not key or not value:
             raise UserError(f"norm '{text}': '{part.strip()}' is no KEY=VALUE; write e.g. topk:k=10")
         if key in options:
             raise UserError(f"norm '{text}' names the option '{key}' twice")
@@ -122,9 +131,9 @@ def format_spec(name: str, options: Mapping[str, Any]) -> str:
 
     Args:
         name: of the norm.
-        options: key -> value (None, bool, number or text), printed in this order.
+        options: key -> value (None, bool, number or text), printed in this order; an empty key is not printed.
     """
-    pairs = ",".join(f"{key}={_format_value(value)}" for key, value in options.items())
+    pairs = ",".join(f"{key}={_format_value(value)}" if key else str(value) for key, value in options.items())
     return f"{name}:{pairs}" if pairs else name
 
 
@@ -136,7 +145,8 @@ def canonical_text(name: str, values: Mapping[str, Any], valid: Mapping[str, Opt
         values: a value for every key of `valid`.
         valid: what the norm accepts; its order is the text's.
     """
-    return format_spec(name, {key: values[key] for key, o in valid.items() if o.shown or values[key] != o.default})
+    shown = {key: option for key, option in valid.items() if option.shown or values[key] != option.default}
+    return format_spec(name, {"" if option.positional else key: values[key] for key, option in shown.items()})
 
 
 def _format_value(value: Any) -> str:
@@ -157,18 +167,25 @@ def complete_options(norm: str, options: Mapping[str, Any], valid: Mapping[str, 
         valid: what the norm accepts.
 
     Returns:
-        A value for every key of `valid`, in its order.
+        A value for every key of `valid`, in its order and in its canonical form.
 
     Raises:
         UserError: with a line for every option that is unknown to the norm or has an invalid value.
     """
     problems = []
+    values = {key: option.default for key, option in valid.items()}
     for key, value in options.items():
         if key not in valid:
             hint = nearest(key, valid) or (f"; it takes {', '.join(valid)}" if valid else "; it takes none")
             problems.append(f"norm '{norm}' has no option '{key}'{hint}")
         elif not valid[key].accepts(value):
             problems.append(f"norm '{norm}': {key}={_format_value(value)} must be {valid[key].describe()}")
+        else:
+            canonical = valid[key].canonical
+            try:
+                values[key] = canonical(value) if canonical and value is not None else value
+            except UserError as error:
+                problems += [f"norm '{norm}': {key}={_format_value(value)}: {problem}" for problem in error.problems]
     if problems:
         raise UserError(*problems)
-    return {key: options.get(key, option.default) for key, option in valid.items()}
+    return values

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from norm_matters.norms.base import per_channel
+from norm_matters.norms.batchwise import SCALE_OPTIONS, ScaleNorm
 from norm_matters.norms.constants import extreme_constant, paper_extreme_constant
-from norm_matters.norms.scale import SCALE_OPTIONS, Deviations, Measure, ScaleNorm, channel_sum
 from norm_matters.norms.spec import Option
+from norm_matters.norms.statistic import Deviations, Measure, Statistic
 
 
 @dataclass(frozen=True)
-class TopKStatistic:
+class TopKStatistic(Statistic):
     """sigma = constant * mean of the k largest |d|.
 
     Values that tie at the k-th place share its gradient equally, so that the result depends neither on their order
@@ -28,13 +29,15 @@ class TopKStatistic:
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the extras are the k-th largest |d| and the share of one value that ties with it."""
         values, places = _largest(deviations, self.k + 1)
+        if deviations.reducer.group is not None:
+            values = deviations.reducer.gather(values).sort(descending=True).values
         largest, threshold = values[:, : self.k], values[:, self.k - 1]
         sigma = self.constant * largest.mean(1, dtype=deviations.mean.dtype)
         gain = torch.full_like(sigma, self.constant / self.k)
         # Places are kept for the backward pass: not where they would be many against the input.
-        if 8 * self.k <= deviations.n and _no_ties(values, self.k):
+        if deviations.reducer.plain and 8 * self.k <= deviations.n and _no_ties(values, self.k):
             return Measure(sigma, gain, peaks=places[:, : self.k])
-        tied = channel_sum(_tied(_compare(deviations.dense(), threshold)))
+        tied = deviations.count(_tied(_compare(deviations.dense(), threshold)))
         above = (largest > threshold[:, None]).sum(1)
         # At least one ties, but for rounding that a compiler left out or a NaN.
         return Measure(sigma, gain, (threshold, (self.k - above) / tied.clamp(min=1)))

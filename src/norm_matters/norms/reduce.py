@@ -1,0 +1,111 @@
+"""How the numbers of a channel are brought together: in which number format, and over which ranks.
+
+Sums of a training step can be taken in a simulated number format (formats.py), and shared by the ranks of a
+distributed run, so that each normalises by the statistics of the whole batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Accumulator = Literal["fp32", "pairwise", "sequential"]
+
+
+def number_format(text: str) -> str:
+    """The canonical name of a number format; UserError for one that is unknown."""
+    from norm_matters.norms.formats import parse_format
+
+    return str(parse_format(text))
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype that sums over x, and numbers per channel, are kept in: float32 or wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def channel_sum(x: Tensor) -> Tensor:
+    """Sum x (N, C, *) over all but the channels, accumulated in float32 or wider."""
+    return x.sum((0, *range(2, x.dim())), dtype=accumulator(x))
+
+
+def channel_count(x: Tensor) -> int:
+    """The number n of values per channel of x (N, C, *)."""
+    return x.numel() // x.shape[1]
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """Reductions per channel.
+
+    Attributes:
+        arithmetic: the simulated arithmetic of sums and of the numbers they are made of; None for the machine's own.
+        group: the ranks that share the batch; None for this one alone.
+    """
+
+    arithmetic: Any = None
+    group: "dist.ProcessGroup | None" = None
+
+    @staticmethod
+    def of(format: str | None, accumulate: Accumulator, rounding: Literal["nearest", "stochastic"]) -> "Reducer":
+        """The reductions that the options of a norm ask for, on one rank."""
+        if format is None:
+            return PLAIN
+        from norm_matters.norms.formats import Arithmetic
+
+        return Reducer(Arithmetic(format, accumulate, rounding))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the machine's own kernels do the same."""
+        return self.arithmetic is None and self.group is None
+
+    def count(self, x: Tensor) -> int:
+        """Values per channel of x (N, C, *), over all ranks."""
+        n = channel_count(x)
+        if self.group is None:
+            return n
+        return int(self._all_reduce(torch.tensor(n, device=x.device), dist.ReduceOp.SUM))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum x (N, C, *) per channel; (C,) in `accumulator(x)`."""
+        total = channel_sum(x) if self.arithmetic is None else self.arithmetic.sum(x)
+        return self._all_reduce(total, dist.ReduceOp.SUM)
+
+    def share(self, totals: Tensor) -> Tensor:
+        """Add numbers that are sums already over the ranks."""
+        return self._all_reduce(totals, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """The largest over the ranks, element by element."""
+        return self._all_reduce(values, dist.ReduceOp.MAX)
+
+    def round(self, values: Tensor) -> Tensor:
+        """Round a statistic to the simulated format."""
+        return values if self.arithmetic is None else self.arithmetic.round(values)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Bring together the values (C, k) of all ranks, (C, K); k may differ, and be 0."""
+        if self.group is None:
+            return values
+        sizes = torch.zeros(dist.get_world_size(self.group), dtype=torch.long, device=values.device)
+        sizes[dist.get_rank(self.group)] = values.shape[1]
+        sizes = self._all_reduce(sizes, dist.ReduceOp.SUM).tolist()
+        padded = torch.nn.functional.pad(values, (0, max(sizes) - values.shape[1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
+
+    def _all_reduce(self, values: Tensor, how: Any) -> Tensor:
+        if self.group is None:
+            return values
+        # In place, and on a copy: what came in may be the caller's.
+        values = values.clone()
+        dist.all_reduce(values, how, group=self.group)
+        return values
+
+
+PLAIN = Reducer()
+"""On one rank, by the machine's own arithmetic."""

@@ -1,0 +1,45 @@
+"""One rank of the test of synchronised norms: trains one step of each case on its part of the batch.
+
+Usage: python sync_worker.py FOLDER RANK WORLD_SIZE. Reads FOLDER/cases.json and FOLDER/batch.safetensors, writes
+FOLDER/rank-RANK.safetensors.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from norm_matters.norms import create_norm
+
+
+def step(spec: str, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs, gradients and buffers of a norm after one step on input x (N, C, *) with output gradient g."""
+    torch.manual_seed(0)
+    norm = create_norm(spec, x.shape[1], dtype=x.dtype)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.linspace(-1, 1.5, parameter.numel()))
+    x = x.clone().requires_grad_()
+    y = norm(x)
+    y.backward(g)
+    gradients = {f"{name}.grad": p.grad for name, p in norm.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return {"y": y.detach(), "dx": x.grad, **gradients, **dict(norm.named_buffers())}
+
+
+def main(folder: Path, rank: int, world_size: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    batch = load_file(folder / "batch.safetensors")
+    found = {}
+    for number, (spec, dtype, sizes) in enumerate(json.loads((folder / "cases.json").read_text())):
+        parts = (batch[key].to(getattr(torch, dtype)).split(sizes)[rank] for key in ("x", "g"))
+        found |= {f"{number}/{key}": value.contiguous() for key, value in step(spec, *parts).items()}
+    save_file(found, folder / f"rank-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
