@@ -133,7 +133,7 @@ TRAIN = {
     "missing weights": ("--pretrained none.safetensors", ["none.safetensors"]),
     "weights that are none": ("--pretrained weights.safetensors", ["weights.safetensors"]),
     "a weight norm": ("--weight-norm l2", ["weight"]),
-    "sync_norm": ("model.sync_norm=true", ["sync_norm"]),
+    "sync_norm": ("--norm layer model.sync_norm=true", ["sync_norm", "layer"]),
     "an unknown optimizer": ("'regime.phases=[{epoch: 0, optimizer: SDG, lr: 0.1}]'", ["SDG", "SGD"]),
     "an unknown setting": (
         "'regime.phases=[{epoch: 0, optimizer: SGD, lr: 0.1, momentun: 0.9}]'",

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 HEAVY = ["torch", "torchvision", "timm", "bokeh", "pandas", "sklearn"]
-ROOMS = ["core", "datasets", "engine", "models", "norms", "record", "regimes", "report", "transforms"]
+ROOMS = ["core", "datasets", "engine", "models", "norms", "record", "regimes", "report", "transforms", "weights"]
 
 
 def loaded_after(statements: str, suspects: list[str]) -> list[str]:

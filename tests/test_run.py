@@ -118,10 +118,10 @@ def test_a_missing_image_or_an_empty_folder_is_refused_before_the_first_predicti
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     phases = "regime.phases=[{epoch: 0, optimizer: SGD, lr: 0.1}, {epoch: 1, lr: 1e30}]"
-    with pytest.raises(NumericalError, match="epoch 2"):
+    with pytest.raises(NumericalError, match=r"loss is not finite in epoch 2, step \d+: the .* is not finite"):
         run(tmp_path, "model.norm=none", phases, "train.epochs=3", "name=nan")
     rows = read_table(tmp_path / "nan" / "results.csv")
-    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["epoch"] for row in rows] == [1]
     assert load_checkpoint(find_checkpoint(tmp_path / "nan", prefer="last")).state["epoch"] == 1
     assert (tmp_path / "nan" / "report.html").is_file()
 

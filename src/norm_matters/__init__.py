@@ -9,31 +9,59 @@ from typing import TYPE_CHECKING, Any
 from norm_matters.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from norm_matters.engine.instruments.invariance import scale_invariant_weights
     from norm_matters.inference import evaluate, load_run, predict
     from norm_matters.models import create_model
-    from norm_matters.norms import convert_norm, create_norm, is_norm
+    from norm_matters.norms import (
+        absorb_norm,
+        calibrate_norm,
+        convert_norm,
+        create_norm,
+        freeze_norm,
+        is_norm,
+        unfreeze_norm,
+    )
     from norm_matters.run import resume, train
+    from norm_matters.weights import bound_weights, normalise_weights, remove_weight_norm
 
 __all__ = [
+    "absorb_norm",
+    "bound_weights",
+    "calibrate_norm",
     "convert_norm",
     "create_model",
     "create_norm",
     "evaluate",
+    "freeze_norm",
     "is_norm",
     "load_run",
+    "normalise_weights",
     "predict",
+    "remove_weight_norm",
     "resume",
+    "scale_invariant_weights",
     "train",
+    "unfreeze_norm",
 ]
 
-_ROOMS = ("core", "datasets", "engine", "models", "norms", "record", "regimes", "report", "transforms")
+_ROOMS = ("core", "datasets", "engine", "models", "norms", "record", "regimes", "report", "transforms", "weights")
 _name = lazy_attributes(
     __name__,
     {
+        "engine.instruments.invariance": ("scale_invariant_weights",),
         "inference": ("evaluate", "load_run", "predict"),
         "models": ("create_model",),
-        "norms": ("convert_norm", "create_norm", "is_norm"),
+        "norms": (
+            "absorb_norm",
+            "calibrate_norm",
+            "convert_norm",
+            "create_norm",
+            "freeze_norm",
+            "is_norm",
+            "unfreeze_norm",
+        ),
         "run": ("resume", "train"),
+        "weights": ("bound_weights", "normalise_weights", "remove_weight_norm"),
     },
 )
 

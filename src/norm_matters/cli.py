@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from norm_matters.cli_bench import bench
+from norm_matters.cli_import import import_old
 from norm_matters.core.errors import UserError, nearest
 from norm_matters.progress import ConsoleProgress, printable
 
@@ -40,7 +42,7 @@ Target = Annotated[
 ]
 
 _NUMBERS = {"epochs", "batch_size", "lr", "seed"}
-_KINDS = ("models", "norms", "datasets", "regimes", "transforms")
+_KINDS = ("models", "norms", "weight-norms", "datasets", "regimes", "transforms")
 
 # Help without rich: its import alone takes longer than everything else that `--help` does.
 app = typer.Typer(
@@ -105,7 +107,9 @@ def train(
         str | None, typer.Option(help="see `list models`; also timm:NAME, torchvision:NAME, FILE.py")
     ] = None,
     norm: Annotated[str | None, typer.Option(help="such as l1, linf, topk:k=10; see `list norms`")] = None,
-    weight_norm: Annotated[str | None, typer.Option(hidden=True)] = None,  # shown once there are any
+    weight_norm: Annotated[
+        str | None, typer.Option(help="such as bounded, bounded:p=1; see `list weight-norms`")
+    ] = None,
     pretrained: Annotated[
         str | None, typer.Option(metavar="[FILE]", help="start from a .safetensors file, or the library's own weights")
     ] = None,
@@ -118,6 +122,9 @@ def train(
     seed: Number = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, amp-bf16, amp-fp16 or fp16")] = None,
+    nonfinite: Annotated[
+        str | None, typer.Option(help="what to do with a step that is not finite: stop, skip or rollback")
+    ] = None,
     output: Annotated[str | None, typer.Option(metavar="DIR", help="where run folders lie; runs by default")] = None,
     name: Annotated[str | None, typer.Option(help="name of the run's folder")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="continue this run")] = None,
@@ -152,29 +159,43 @@ def evaluate(
     device: AnyDevice = "auto",
     batch_size: Number = None,
     workers: Number = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="take the norms' running statistics anew; saves a new checkpoint")
+    ] = False,
+    batches: Annotated[str, typer.Option(metavar="N", help="training batches to calibrate with, at most")] = "200",
     as_json: AsJson = False,
 ) -> None:
     """Score a trained network on the images that its run held back."""
-    from norm_matters import inference
+    if not batches.isdecimal() or int(batches) == 0:
+        raise UserError(f"--batches: value '{batches}' is not valid; it takes a whole number from 1")
+    from norm_matters import calibration, inference
 
     settings = _checked({"device": device, "data.batch_size": batch_size, "data.workers": workers})
-    scores = inference.evaluate(
-        target,
-        data_dir=data_dir,
-        device=settings.device,
-        batch_size=settings.data.batch_size if batch_size else None,  # None: as in training
-        workers=settings.data.workers,
-    )
+    options: dict[str, Any] = {
+        "data_dir": data_dir,
+        "device": settings.device,
+        "batch_size": settings.data.batch_size if batch_size else None,  # None: as in training
+        "workers": settings.data.workers,
+    }
+    if calibrate:
+        result = calibration.calibrate_run(target, batches=int(batches), **options)
+        found = {"before": result.before, "after": result.after}
+    else:
+        result, found = None, {"": inference.evaluate(target, **options)}
     if as_json:
         # JSON knows no NaN.
-        print(json.dumps({key: value if _is_json(value) else None for key, value in scores.items()}))
+        plain = [{key: value if _is_json(value) else None for key, value in each.items()} for each in found.values()]
+        print(json.dumps(dict(zip(found, plain, strict=True)) if result else plain[0]))
         return
-    error5 = "" if scores["error5"] is None else f", error@5 {scores['error5']:.2f}%"
-    _say(
-        f"{scores['dataset']} ({scores['split']}, {scores['images']} images): "
-        f"loss {scores['loss']:.4f}, error@1 {scores['error1']:.2f}%{error5}"
-    )
-    _say(f"checkpoint {scores['checkpoint']}")
+    for title, scores in found.items():
+        error5 = "" if scores["error5"] is None else f", error@5 {scores['error5']:.2f}%"
+        _say(
+            f"{title}{title and ' '}{scores['dataset']} ({scores['split']}, {scores['images']} images): "
+            f"loss {scores['loss']:.4f}, error@1 {scores['error1']:.2f}%{error5}"
+        )
+    if result:
+        _say(f"calibrated on {result.report.batches} batches of {result.batch_size} training images")
+    _say(f"checkpoint {list(found.values())[-1]['checkpoint']}")
 
 
 @app.command()
@@ -264,6 +285,10 @@ def list_names(
 
     for name in found:
         print(f"{plot_lr(name)}\n")
+
+
+app.command("import")(import_old)
+app.add_typer(bench, name="bench")
 
 
 def _with_value_for_pretrained(arguments: Sequence[str]) -> list[str]:
@@ -356,7 +381,8 @@ def _summaries(kind: str, pattern: str) -> Iterator[tuple[str, str]]:
         library = pattern.partition(":")[0]
         yield from ((name, "") for name in library_models(library))
         return
-    registry = getattr(import_module(f"norm_matters.{kind}"), kind.upper())
+    room = "weights" if kind == "weight-norms" else kind
+    registry = getattr(import_module(f"norm_matters.{room}"), kind.upper().replace("-", "_"))
     yield from ((name, registry.summary(name)) for name in registry.names())
 
 

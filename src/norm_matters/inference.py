@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from norm_matters.core.config import RunConfig
 from norm_matters.core.errors import UserError
-from norm_matters.datasets import Loader, decode_image, load_dataset
+from norm_matters.datasets import Dataset, Loader, decode_image, load_dataset
 from norm_matters.datasets.folder import ENDINGS
 from norm_matters.engine.device import resolve_device
 from norm_matters.engine.evaluate import evaluate as score
 from norm_matters.engine.precision import PRECISIONS, input_dtype
 from norm_matters.engine.state import load_weights
 from norm_matters.models import build_model
-from norm_matters.record import find_checkpoint, load_checkpoint, read_table
+from norm_matters.record import Measurements, find_checkpoint, load_checkpoint, read_measurements, read_table
 from norm_matters.transforms.batch import normalise
 from norm_matters.transforms.image import evaluation_pixels
 from norm_matters.transforms.preprocessing import Preprocessing
@@ -49,6 +49,16 @@ class LoadedRun:
     device: torch.device
     preprocessing: Preprocessing
     own_transform: Callable[[Image.Image], Tensor] | None
+    own_training_transform: Callable[[Image.Image], Tensor] | None
+
+    @property
+    def instruments(self) -> Measurements | None:
+        """What the instruments measured, epoch by epoch; None for a run without, or a checkpoint folder on its own.
+
+        Raises:
+            UserError: the files are damaged.
+        """
+        return read_measurements(self.checkpoint.parent.parent)
 
     def logits(self, images: Tensor) -> Tensor:
         """Scores of images (N, C, H, W) as `transform` gives them: float32 (N, classes)."""
@@ -109,6 +119,7 @@ def load_run(target: Path | str, *, device: str = "auto") -> LoadedRun:
         device=where,
         preprocessing=preprocessing,
         own_transform=own,
+        own_training_transform=(built.input_transform or {}).get("train"),
     )
 
 
@@ -126,14 +137,30 @@ def evaluate(
         loss, error1, error5 (percent; None below six classes), images, dataset, split, checkpoint, epoch.
     """
     run = load_run(target, device=device)
+    return evaluate_run(run, load_data(run, data_dir), batch_size=batch_size, workers=workers)
+
+
+def load_data(run: LoadedRun, data_dir: str | None = None) -> Dataset:
+    """The dataset of a run, from where it lay or from `data_dir`.
+
+    Raises:
+        UserError: it is not there, or its classes are not those of the network.
+    """
     data = run.config.data.model_copy(update={"dir": data_dir} if data_dir else {})
     dataset = load_dataset(data)
     if list(dataset.classes) != run.classes:
         raise UserError(f"the classes of '{data.name}' are not those the network was trained on")
+    return dataset
+
+
+def evaluate_run(
+    run: LoadedRun, dataset: Dataset, *, batch_size: int | None = None, workers: int = 0
+) -> dict[str, Any]:
+    """Score a loaded network; what `evaluate` returns."""
     loader = Loader(
         dataset.val,
         run.preprocessing,
-        batch_size=batch_size or data.batch_size,
+        batch_size=batch_size or run.config.data.batch_size,
         train=False,
         seed=run.config.seed,
         workers=workers,
@@ -152,7 +179,7 @@ def evaluate(
         "error1": scores.error1,
         "error5": scores.error5,
         "images": scores.images,
-        "dataset": data.name,
+        "dataset": run.config.data.name,
         "split": dataset.val_name,
         "epoch": run.state["epoch"],
         "checkpoint": str(run.checkpoint),

@@ -25,14 +25,16 @@ from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import Dataset, Loader, check_dataset, load_dataset
 from norm_matters.datasets.entry import ENCODED_SIZE
 from norm_matters.engine.device import check_device, device_name, resolve_device
+from norm_matters.engine.instruments.collect import Instruments
 from norm_matters.engine.loop import OnProgress, Progress, training_rows
 from norm_matters.engine.state import TrainingState
 from norm_matters.engine.step import StepOptions
 from norm_matters.models import MODELS, BuiltModel, build_model, check_model
-from norm_matters.norms import canonical_spec, check_spec, norms_of, spec_of
+from norm_matters.norms import canonical_spec, check_kinds, check_spec, norms_of, spec_of
 from norm_matters.record import (
     RunLog,
     append_event,
+    append_measurements,
     append_row,
     claim_run_folder,
     collect_provenance,
@@ -43,12 +45,15 @@ from norm_matters.record import (
     read_table,
     remove_temporaries,
     save_checkpoint,
+    trim_measurements,
     trim_table,
     write_file,
+    write_layout,
     write_provenance,
 )
 from norm_matters.regimes import Regime, build_regime, check_regime
 from norm_matters.transforms import Preprocessing
+from norm_matters.weights import canonical_weight_norm, check_weight_norm
 
 # Settings of a recorded run that a resume may change, because no result depends on them.
 FREE_TO_CHANGE = {"data.workers", "data.dir", "data.download", "device", "train.epochs"}
@@ -63,6 +68,8 @@ def check_phases(phases: list[dict[str, Any]]) -> None:
 CHECKS: Mapping[str, Callable[[Any], None]] = {
     "model.name": check_model,
     "model.norm": check_spec,
+    "model.norm_kinds": check_kinds,
+    "model.weight_norm": check_weight_norm,
     "data.name": check_dataset,
     "regime.name": check_regime,
     "regime.phases": check_phases,
@@ -174,6 +181,7 @@ def resume(
     event = {"event": "resumed", "epoch": done, "epochs": plan.config.train.epochs, "command": list(command or [])}
     remove_temporaries(folder)
     trim_table(folder / "results.csv", done)
+    trim_measurements(folder, done)
     if config != recorded:
         write_file(folder / "config.yaml", dump_config(plan.config))
         event["changed"] = {key: [before[key], after[key]] for key in differences(recorded, config)}
@@ -222,6 +230,7 @@ def _complete(config: RunConfig, dataset: Dataset) -> RunConfig:
     """Fill in what depends on the dataset and the model, so that the recorded config says all."""
     model, data = config.model, config.data
     norm = canonical_spec(model.norm) if model.norm else ("l2" if model.name in MODELS else None)
+    weight_norm = canonical_weight_norm(model.weight_norm) if model.weight_norm else None
     name = str(Path(model.name).resolve()) if model.name.endswith(".py") else model.name
     source, colon, path = data.name.partition(":")
     if colon:
@@ -229,7 +238,7 @@ def _complete(config: RunConfig, dataset: Dataset) -> RunConfig:
         place = (Path(data.dir or "").expanduser() / Path(path).expanduser()).resolve()
         data = data.model_copy(update={"name": f"{source}:{place}"})
     train = config.train.model_copy(update={"epochs": config.train.epochs or dataset.epochs})
-    model = model.model_copy(update={"name": name, "norm": norm})
+    model = model.model_copy(update={"name": name, "norm": norm, "weight_norm": weight_norm})
     # The folder bears the name; recorded, it would be taken already when the config is fed back.
     return config.model_copy(update={"model": model, "data": data, "train": train, "name": None})
 
@@ -280,14 +289,23 @@ def _train_and_record(
     plan: Plan, folder: Path, log: RunLog, *, best: dict[str, Any] | None, on_progress: OnProgress | None
 ) -> None:
     train_config = plan.config.train
-    options = StepOptions(train_config.accumulate, train_config.clip_norm, train_config.label_smoothing)
-    rows = training_rows(plan.state, train=plan.train, val=plan.val, options=options, on_progress=on_progress)
+    options = StepOptions(
+        train_config.accumulate, train_config.clip_norm, train_config.label_smoothing, train_config.nonfinite
+    )
+    level = train_config.instruments
+    instruments = None if level == "none" else Instruments(plan.state, level=level)
+    if instruments:
+        write_layout(folder, instruments.columns)
+    rows = training_rows(
+        plan.state, train=plan.train, val=plan.val, options=options, instruments=instruments, on_progress=on_progress
+    )
     for row in rows:
         append_row(folder / "results.csv", row)
+        if instruments:
+            append_measurements(folder, row["epoch"], instruments.row)
         log.write(" ".join(f"{key}={value:g}" for key, value in row.items() if value is not None))
-        if not math.isfinite(row["train_loss"]):
-            # The checkpoint before this epoch stays the last one: it is the last that anybody can use.
-            raise NumericalError(f"the training loss is {row['train_loss']} in epoch {row['epoch']}")
+        while plan.state.incidents:
+            log.write(f"warning: {plan.state.incidents.pop(0)}")
         improved = best is None or row["val_error1"] < best["val_error1"]
         if improved:
             best = {"epoch": row["epoch"], "val_error1": row["val_error1"]}
@@ -328,6 +346,7 @@ def _provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
             "parameters": parameters,
             "norms": {spec: specs.count(spec) for spec in dict.fromkeys(specs)},
             "converted": plan.built.converted,
+            "weight_norms": plan.built.weight_norms,
             "source": plan.built.source,
             "initial_weights": plan.built.weights,
         },
@@ -344,7 +363,9 @@ def _provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
 
 def _headline(plan: Plan) -> str:
     model, clock = plan.config.model, plan.state.clock
-    norm = model.norm or "its own norms"
+    norm = " ".join(filter(None, (model.norm or "its own norms", plan.built.conversion)))
+    if model.weight_norm:
+        norm += f" and {model.weight_norm} weights"
     return (
         f"{_short(model.name)} with {norm} on {plan.config.data.name}, {len(plan.dataset.train)} training and "
         f"{len(plan.dataset.val)} {plan.dataset.val_name} images, epochs: {clock.epochs}, "

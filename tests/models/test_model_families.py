@@ -219,11 +219,13 @@ def test_unknown_norm():
         create_model("resnet8", num_classes=3, norm="topj")
 
 
-def test_what_is_not_built_yet_says_so():
-    config = ModelConfig(name="resnet8", weight_norm="bwn", sync_norm=True)
-    with pytest.raises(UserError) as caught:
+def test_synchronised_norms_are_asked_of_batch_norms_only():
+    config = ModelConfig(name="resnet8", norm="l1", sync_norm=True)
+    module = build_model(config, num_classes=3, in_channels=1, input_size=8).module
+    assert {spec_of(norm) for _, norm in norms_of(module)} == {"l1:sync=true"}
+    config = ModelConfig(name="resnet8", norm="layer", sync_norm=True)
+    with pytest.raises(UserError, match=r"model.sync_norm: 'true': .* takes no statistics over the batch"):
         build_model(config, num_classes=3, in_channels=1, input_size=8)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["model.weight_norm", "model.sync_norm"]
 
 
 @pytest.mark.slow

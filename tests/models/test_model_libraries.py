@@ -98,9 +98,48 @@ def test_missing_timm_is_named(monkeypatch):
         check_model("timm:resnet18")
 
 
-def test_network_without_batch_norms_is_no_silent_success():
-    with pytest.raises(UserError, match=r"model\.norm: 'l1'"):
-        create_model("timm:test_vit", num_classes=6, norm="l1")
+def test_network_without_batch_norms_has_its_layer_norms_converted():
+    built = build_model(ModelConfig(name="timm:test_convnext", norm="l1"), num_classes=6, in_channels=3, input_size=64)
+    assert built.converted == 14
+    assert built.conversion == "in place of 5 LayerNorm2d and 9 LayerNorm"
+    assert {str(spec_of(layer)) for layer in ours(built.module)} == {
+        "position:statistic=l1",
+        "position:statistic=l1,channel_dim=-1",
+    }
+
+
+def test_kinds_of_norms_can_be_chosen():
+    name = "timm:test_efficientnet_ln"
+    config = ModelConfig(name=name, norm="l1", norm_kinds=["batch"])
+    with pytest.raises(
+        UserError, match=r"model\.norm: 'l1': nothing was converted.*no batch norm, but .*'layer'; name"
+    ):
+        build_model(config, num_classes=6, in_channels=3, input_size=64)
+    name = "timm:efficientvit_b0"
+    built = build_model(ModelConfig(name=name, norm="l1"), num_classes=6, in_channels=3, input_size=64)
+    assert built.conversion == "in place of 26 BatchNorm2d, 1 LayerNorm left"
+    config = ModelConfig(name=name, norm="l1", norm_kinds=["layer"])
+    built = build_model(config, num_classes=6, in_channels=3, input_size=64)
+    assert built.conversion == "in place of 1 LayerNorm, 26 BatchNorm2d left"
+    assert len(theirs(built.module)) == 26
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "kinds", "message"),
+    [
+        ("timm:test_vit", None, ["layer"], r"model\.norm_kinds: says which norms become model\.norm; set that too"),
+        ("resnet8", "l1", ["layer"], r"model\.norm_kinds: resnet8 is built with its norm"),
+        ("timm:test_vit", "l1", ["layr"], "there is no kind of norm 'layr'; did you mean 'layer'"),
+    ],
+)
+def test_kinds_of_norms_that_mean_nothing(name, norm, kinds, message):
+    with pytest.raises(UserError, match=message):
+        create_model(name, num_classes=6, norm=norm, norm_kinds=kinds)
+
+
+def test_network_without_norms_is_no_silent_success():
+    with pytest.raises(UserError, match=r"model\.norm: 'l1'.*the model has no layer or group norm"):
+        create_model("timm:test_nfnet", num_classes=6, norm="l1")
 
 
 def test_input_that_does_not_fit():

@@ -9,7 +9,10 @@ import torch
 from norm_matters.norms import create_norm
 
 SPECS = ["l2", "l1", "linf", "topk:k=4", "lp:p=1.5", "lp:p=3", "mean", "mean:scale=true", "group:groups=2", "layer"]
-ANALYTIC = ["l1", "linf", "topk:k=4", "lp:p=3"]
+SPECS += ["range", "ghost:size=2,base=l1"]
+# Norms whose training depends on the batches before, or on chance.
+STATEFUL = ["smooth:base=l1", "renorm:base=l1", "noisy:base=l1"]
+ANALYTIC = ["l1", "linf", "topk:k=4", "lp:p=3", "range", "smooth"]
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -86,7 +89,7 @@ def test_activation_in_place_behind_the_norm(spec, training):
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk:k=4", "topk:k=900", "lp:p=3", "mean"])
+@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk:k=4", "topk:k=900", "lp:p=3", "mean", "range", *STATEFUL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keeps_the_input_and_numbers_per_channel(spec, dtype):
     x = draw(32, 4, 8, 8, dtype=dtype).requires_grad_()
@@ -97,7 +100,7 @@ def test_keeps_the_input_and_numbers_per_channel(spec, dtype):
     assert sum(t.numel() for t in others) <= 4 * 16
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + STATEFUL)
 def test_frozen_input_and_frozen_parameters(spec):
     norm = create_norm(spec, 4)
     norm(draw(4, 4, 5)).sum().backward()
@@ -108,7 +111,7 @@ def test_frozen_input_and_frozen_parameters(spec):
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *STATEFUL, "frozen"])
 def test_copies_are_independent(spec):
     norm = create_norm(spec, 4)
     x = draw(4, 4, 5)
@@ -129,9 +132,11 @@ def compare_compiled(spec: str, backend: str, shapes: list[tuple[int, ...]]) -> 
         results = []
         for norm in (plain, compiled):
             leaf = x.clone().requires_grad_()
+            norm.zero_grad()
+            torch.manual_seed(0)
             y = norm(leaf)
             y.backward(g)
-            results.append((y, leaf.grad))
+            results.append((y, leaf.grad, *(p.grad for p in norm.parameters())))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         for key, value in plain.state_dict().items():
@@ -147,9 +152,18 @@ def test_compiles_in_one_graph():
     compare_compiled("topk:k=4", "aot_eager", [(3, 4, 5)])
 
 
+@tolerated
+def test_compiled_norm_with_a_memory_keeps_what_it_found():
+    """The backward pass must not read buffers again that the forward pass has moved."""
+    torch.compiler.reset()
+    compare_compiled("renorm:base=l1,r_max=1.2", "aot_eager", [(3, 4, 5), (3, 4, 5)])
+
+
 @pytest.mark.slow
 @tolerated
-@pytest.mark.parametrize("spec", [*SPECS, "lp:p=30", "topk:k=999", "l1:momentum=none", "none", "instance"])
+@pytest.mark.parametrize(
+    "spec", [*SPECS, *STATEFUL, "frozen", "lp:p=30", "topk:k=999", "l1:momentum=none", "none", "instance"]
+)
 def test_each_norm_compiles_in_one_graph(spec):
     torch.compiler.reset()
     compare_compiled(spec, "aot_eager", [(3, 4, 5), (6, 4, 5)])

@@ -10,8 +10,11 @@ from torch import nn
 from norm_matters.core.errors import UserError
 from norm_matters.norms import NORMS, convert_norm, create_norm
 
-BATCH = ["l2", "l1", "linf", "topk", "lp:p=3", "mean"]
-AFFINE = ["l2", "l1", "linf", "topk", "lp:p=3", "mean:scale=true", "group", "layer", "instance"]
+COMPOSITES = ["ghost:base=l1", "smooth", "renorm:base=l1", "noisy"]
+BATCH = ["l2", "l1", "linf", "topk", "lp:p=3", "mean", "range", *COMPOSITES]
+AFFINE = ["l2", "l1", "linf", "topk", "lp:p=3", "mean:scale=true", "range", *COMPOSITES, "group", "layer", "instance"]
+# A spec that each registered norm can be built from.
+BUILDABLE = ["timm:frn" if name == "timm" else name for name in NORMS.names()]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -57,7 +60,7 @@ def test_trap_3_affine_parameters_are_initialised(spec, device):
         assert norm.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk", "lp:p=3"])
+@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk", "lp:p=3", "range"])
 def test_trap_4_eps_is_in_units_of_variance(spec):
     """With eps = 4 the output is smaller by sqrt(sigma^2 / (sigma^2 + 4)), in training and in evaluation."""
     x = draw(64, 2, 16)
@@ -82,8 +85,8 @@ def test_trap_5_each_k_has_its_own_constant_applied_once(k):
 
 def test_trap_8_choosing_a_norm_changes_nothing_outside_the_model():
     batch_norm, forward = nn.BatchNorm2d, nn.BatchNorm2d.forward
-    for name in NORMS.names():
-        create_norm(name, 8)
+    for spec in BUILDABLE:
+        create_norm(spec, 8)
     other = nn.Sequential(nn.BatchNorm2d(8))
     convert_norm(nn.Sequential(nn.BatchNorm2d(8)), "l1")
     assert nn.BatchNorm2d is batch_norm
@@ -93,15 +96,15 @@ def test_trap_8_choosing_a_norm_changes_nothing_outside_the_model():
         create_norm("L1BatchNorm", 8)
 
 
-@pytest.mark.parametrize("name", NORMS.names())
-def test_trap_9_torchs_conversion_to_synchronised_norm_leaves_ours(name):
-    norm = create_norm(name, 8)
+@pytest.mark.parametrize("spec", BUILDABLE)
+def test_trap_9_torchs_conversion_to_synchronised_norm_leaves_ours(spec):
+    norm = create_norm(spec, 8)
     assert not isinstance(norm, nn.modules.batchnorm._BatchNorm)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm))
     assert model[0] is norm
 
 
-@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk", "lp:p=3"])
+@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk", "lp:p=3", "range", "ghost", "renorm", "noisy", "frozen"])
 def test_state_is_that_of_torchs_batch_norm(spec):
     ours, theirs = create_norm(spec, 4), nn.BatchNorm2d(4)
     for norm in (ours, theirs):
@@ -162,6 +165,7 @@ def test_package_is_lazy():
     code = (
         "import sys, norm_matters.norms as n; n.NORMS.names(); n.NORMS.summary('l1');"
         "assert not {'torch', 'numpy', 'timm', 'torchvision'} & set(sys.modules);"
-        "assert all(hasattr(n, name) for name in n.__all__)"
+        "assert all(hasattr(n, name) for name in n.__all__);"
+        "n.create_norm('l1', 4); assert 'timm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

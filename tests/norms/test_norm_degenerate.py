@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from norm_matters.norms import create_norm, name_norms
 
-SIGMA_SPECS = ["l2", "l1", "linf", "topk:k=3", "lp:p=1.5", "lp:p=3", "lp:p=30"]
+SIGMA_SPECS = ["l2", "l1", "linf", "topk:k=3", "lp:p=1.5", "lp:p=3", "lp:p=30", "range"]
 BATCH_SPECS = [*SIGMA_SPECS, "mean"]
+COMPOSITES = ["ghost:size=3,base=l1", "smooth", "renorm:base=l1", "noisy:base=l1"]
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -26,7 +27,7 @@ def step(spec: str, x: torch.Tensor, g: torch.Tensor, **options: object) -> tupl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stats_dtype", ["float32", "input"])
-@pytest.mark.parametrize("spec", BATCH_SPECS)
+@pytest.mark.parametrize("spec", BATCH_SPECS + [spec for spec in COMPOSITES if not spec.startswith("renorm")])
 def test_constant_channel(spec, stats_dtype, dtype):
     """Its output is the bias and its gradient finite: eps stands in for the variance."""
     x, g = draw(8, 2, 4, 4, dtype=dtype), draw(8, 2, 4, 4, seed=1, dtype=dtype)
@@ -76,7 +77,7 @@ def test_scale_of_a_float16_input(spec, scale):
     torch.testing.assert_close(dx.double(), exact_dx, rtol=5e-3, atol=1e-2 * exact_dx.abs().max().item())
 
 
-@pytest.mark.parametrize("spec", ["linf", "topk:k=3", "topk:k=5", "topk:k=30"])
+@pytest.mark.parametrize("spec", ["linf", "topk:k=3", "topk:k=5", "topk:k=30", "range"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_ties_share_the_gradient_whatever_their_order(spec, dtype):
     """Values on a coarse grid tie; permuting the batch permutes the gradient and changes nothing else."""
@@ -108,9 +109,14 @@ def test_a_tie_is_shared_by_hand():
     share = torch.tensor([-1, 1, 1, 0, 0, 0], dtype=torch.float64) / 3
     expected = (torch.eye(6, dtype=torch.float64)[3] - 1 / 6) / 2 + (share - share.mean()) / 4
     torch.testing.assert_close(dx[:, 0], expected)
+    # The range is 4, from one place to two: y = x / 4.
+    _, dx = step("range:constant=1", x, g, eps=0.0)
+    share = torch.tensor([-1, 0.5, 0.5, 0, 0, 0], dtype=torch.float64)
+    expected = (torch.eye(6, dtype=torch.float64)[3] - 1 / 6) / 4 + (share - share.mean()) / 16
+    torch.testing.assert_close(dx[:, 0], expected)
 
 
-@pytest.mark.parametrize("spec", BATCH_SPECS)
+@pytest.mark.parametrize("spec", BATCH_SPECS + COMPOSITES)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_batch_that_is_not_finite_updates_nothing(spec, momentum):
     for bad in (float("nan"), float("inf"), -float("inf")):
@@ -130,7 +136,7 @@ def check_refused_update(norm: torch.nn.Module, bad: float) -> None:
     assert norm.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("spec", SIGMA_SPECS)
+@pytest.mark.parametrize("spec", SIGMA_SPECS + COMPOSITES)
 def test_a_variance_that_overflows_updates_nothing(spec):
     """Finite input, finite mean, but sigma squared is beyond float32."""
     norm = create_norm(spec, 2)
@@ -138,9 +144,10 @@ def test_a_variance_that_overflows_updates_nothing(spec):
     assert torch.equal(norm.running_var, torch.ones(2))
     assert torch.equal(norm.running_mean, torch.zeros(2))
     assert norm.num_batches_tracked == 0
+    assert not norm.state_dict().get("smoothed_sigma", torch.zeros(2)).any()
 
 
-@pytest.mark.parametrize("spec", [*BATCH_SPECS, "instance", "layer"])
+@pytest.mark.parametrize("spec", [*BATCH_SPECS, *COMPOSITES, "instance", "layer"])
 def test_one_value_per_channel_names_the_layer(spec):
     model = torch.nn.Sequential()
     model.add_module("first", torch.nn.Sequential(create_norm(spec, 1)))
@@ -164,7 +171,7 @@ def test_wrong_channels(spec):
         create_norm("l1", 3)(torch.ones(0, 3, 4))
 
 
-@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk:k=3", "lp:p=3"])
+@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk:k=3", "lp:p=3", "range"])
 @settings(deadline=None, max_examples=15)
 @given(scale=st.floats(0.01, 100), shift=st.floats(-10, 10), images=st.integers(2, 9), pixels=st.integers(1, 40))
 def test_invariant_to_scale_and_shift(spec, scale, shift, images, pixels):

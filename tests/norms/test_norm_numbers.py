@@ -11,11 +11,18 @@ from norm_matters.norms import create_norm
 from norm_matters.norms.which import statistic_norm
 
 BATCH_SPECS = ["l2", "l1", "linf", "topk:k=1", "topk:k=4", "topk:k=999", "lp:p=1", "lp:p=1.5", "lp:p=3", "mean"]
-BATCH_SPECS += ["rms"]
+BATCH_SPECS += ["rms", "range", "range:constant=paper"]
 BATCH_SPECS += ["linf:constant=paper", "lp:p=3,constant=paper", "l1:constant=0.3", "mean:scale=true", "l2:eps=0.001"]
+BATCH_SPECS += ["ghost:size=3", "ghost:size=2,base=l1", "ghost:size=3,base=(topk:k=4)", "smooth:base=(topk:k=4)"]
+BATCH_SPECS += ["smooth:base=l1,beta=0.5", "renorm:base=l1,r_max=1.3,d_max=0.1", "renorm:r_max=100,d_max=100"]
 IMAGE_SPECS = ["group:groups=2", "layer", "instance", "position", "none"]
 IMAGE_SPECS += ["group:groups=2,statistic=l1", "layer:statistic=topk:k=4", "instance:statistic=lp:p=3"]
-IMAGE_SPECS += ["position:statistic=l1", "position:statistic=rms", "group:groups=2,statistic=mean"]
+IMAGE_SPECS += [
+    "group:groups=2,statistic=range",
+    "position:statistic=l1",
+    "position:statistic=rms",
+    "group:groups=2,statistic=mean",
+]
 CHANNELS = 6
 SHAPES = [(16, 6), (5, 6, 7), (4, 6, 5, 3), (2, 6, 3, 4, 5)]
 # Rounding of the input and of the output, in units of the largest value.
@@ -51,6 +58,10 @@ def sigma_and_slope(d: np.ndarray, estimator: torch.nn.Module) -> tuple[float, n
         p, moment = estimator.p, np.mean(size**estimator.p)
         slope = moment ** (1 / p - 1) * size ** (p - 1) * np.sign(d) / n if moment else 0 * d
         return constant * moment ** (1 / p), constant * slope
+    if name == "range":
+        ends = [np.where(d == end(d), 1.0, 0.0) for end in (np.max, np.min)]
+        slope = ends[0] / np.sum(ends[0]) - ends[1] / np.sum(ends[1])
+        return constant * (np.max(d) - np.min(d)), constant * slope
     k = 1 if name == "linf" else min(estimator.k, n)
     threshold = np.sort(size)[-k]
     ties = size == threshold
@@ -68,6 +79,10 @@ def sets_of(norm: torch.nn.Module, shape: tuple[int, ...]) -> np.ndarray:
     groups = {"group": getattr(norm, "groups", 1), "layer": 1, "instance": channels}
     if norm.name in groups:
         labels = image * channels + channel // (channels // groups[norm.name]) + 0 * place
+    elif norm.name == "ghost":
+        parts = np.array_split(np.arange(count), max(1, math.ceil(count / norm.size - 0.5)))
+        part = np.concatenate([np.full(len(images), number) for number, images in enumerate(parts)])
+        labels = channel + channels * part.reshape(-1, 1, 1) + 0 * place
     elif norm.name == "position":
         labels = image * place.size + place + 0 * channel
     else:
@@ -84,10 +99,11 @@ def reference(x: np.ndarray, g: np.ndarray, norm: torch.nn.Module) -> Expected:
         fallback if (p := getattr(norm, key)) is None else p.detach().double().numpy()
         for key, fallback in (("weight", np.ones(channels)), ("bias", np.zeros(channels)))
     )
-    estimator = statistic_norm(norm.statistic) if isinstance(getattr(norm, "statistic", None), str) else norm
+    inner = getattr(norm, "base", getattr(norm, "statistic", None))
+    estimator = statistic_norm(inner) if isinstance(inner, str) else norm
     centred = estimator.name != "rms"
     eps = 0.0 if estimator.name == "mean" else norm.eps
-    dx, xhat, mean, var = np.empty_like(x), np.empty_like(x), np.empty(channels), np.empty(channels)
+    dx, xhat, mean, var = np.empty_like(x), np.empty_like(x), np.zeros(channels), np.zeros(channels)
     labels = sets_of(norm, x.shape)
     gh = g * weight.reshape(per)
     for label in np.unique(labels):
@@ -95,18 +111,30 @@ def reference(x: np.ndarray, g: np.ndarray, norm: torch.nn.Module) -> Expected:
         center = np.mean(x[chosen]) if centred else 0.0
         d = x[chosen] - center
         sigma, slope = sigma_and_slope(d, estimator)
+        if norm.name == "smooth" and (previous := norm.smoothed_sigma[label].item()) > 0:
+            sigma, slope = norm.beta * previous + (1 - norm.beta) * sigma, (1 - norm.beta) * slope
         r = 1 / math.sqrt(sigma**2 + eps)
+        scale, shift = corrections(norm, label, center, sigma)
         gd = gh[chosen] * r - np.sum(gh[chosen] * d) * r**3 * sigma * slope
-        dx[chosen] = gd - np.mean(gd) if centred else gd
-        xhat[chosen] = d * r
-        # Of use for batch norms only, whose sets are the channels.
-        mean[label % channels], var[label % channels] = center, sigma**2
+        dx[chosen] = scale * (gd - np.mean(gd) if centred else gd)
+        xhat[chosen] = scale * d * r + shift
+        # Of use for batch norms only, whose sets are the channels, or parts of them.
+        part = len(d) * channels / x.size
+        mean[label % channels] += part * center
+        var[label % channels] += part * sigma**2 * (len(d) / (len(d) - 1) if estimator.name == "l2" else 1)
     y = xhat * weight.reshape(per) + bias.reshape(per)
     over = (0, *range(2, x.ndim))
-    n = x.size // channels
-    if norm.name == "l2":
-        var = var * n / (n - 1)
     return Expected(y, dx, np.sum(g * xhat, over), np.sum(g, over), mean, var)
+
+
+def corrections(norm: torch.nn.Module, channel: int, center: float, sigma: float) -> tuple[float, float]:
+    """The r and d of a batch renormalisation."""
+    if norm.name != "renorm":
+        return 1.0, 0.0
+    running_mean, running_var = norm.running_mean[channel].item(), norm.running_var[channel].item()
+    r = math.sqrt((sigma**2 + norm.eps) / (running_var + norm.eps))
+    d = (center - running_mean) / math.sqrt(running_var + norm.eps)
+    return float(np.clip(r, 1 / norm.r_max, norm.r_max)), float(np.clip(d, -norm.d_max, norm.d_max))
 
 
 def arrange(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -153,6 +181,8 @@ def test_training_step_equals_reference(spec, dtype):
 
 def check_training_step(spec: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> None:
     norm = build(spec, dtype)
+    if spec.startswith(("smooth", "renorm")):
+        norm(make(shape, dtype, seed=1)[0])  # which leaves a trace
     x, g = make(shape, dtype)
     expected = reference(x.double().numpy(), g.double().numpy(), norm) if spec != "none" else None
     x = arrange(x, layout)
@@ -207,7 +237,7 @@ def check_running_statistics(spec: str, dtype: torch.dtype, momentum: float | No
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("spec", BATCH_SPECS)
+@pytest.mark.parametrize("spec", [spec for spec in BATCH_SPECS if not spec.startswith(("smooth", "renorm"))])
 def test_untracked_norm_evaluates_by_the_batch(spec):
     norm = build(spec, track_running_stats=False)
     x, _ = make((8, CHANNELS, 3), torch.float32)

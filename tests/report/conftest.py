@@ -2,13 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from norm_matters.core.config import DataConfig, ModelConfig, RunConfig, TrainConfig, dump_config
+from norm_matters.record.instruments import append_measurements, write_layout
 from norm_matters.record.table import append_row
 
 PROVENANCE = {
@@ -84,3 +87,72 @@ def runs_in_all_states(make_run: Callable[..., Path]) -> dict[str, Path]:
         "all infinite": make_run("all infinite", [dict.fromkeys(metrics, math.inf)], norm="l2", seed=1),
         "all empty": make_run("all empty", [dict.fromkeys(metrics)], norm="l2", seed=2),
     }
+
+
+@pytest.fixture(scope="module")
+def open_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """A function that opens a file at a width and returns the browser; the browser is the same one every time."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-sync",
+        "hide-scrollbars",
+    ):
+        options.add_argument(f"--{argument}")
+    for argument in ("disable-background-networking", "disable-component-update", f"user-data-dir={profile}"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+    def visit(page: Path, width: int):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        for log in ("browser", "performance"):
+            browser.get_log(log)  # forgets what earlier pages did
+        browser.get(page.as_uri())
+        drawn = "return window.Bokeh === undefined || Bokeh.documents.length == 1 && Bokeh.documents[0].is_idle"
+        WebDriverWait(browser, 30).until(lambda _: browser.execute_script(drawn))
+        return browser
+
+    yield visit
+    browser.quit()
+
+
+@pytest.fixture
+def add_measurements() -> Callable[..., None]:
+    """A function that gives a run measurements of some epochs, for weights and norms of the names given."""
+
+    def add(
+        run: Path,
+        epochs: Sequence[int],
+        *,
+        weights: Sequence[str] = ("conv1", "fc"),
+        norms: Sequence[str] = ("bn1",),
+        inputs: bool = False,
+        value: float | None = None,
+    ) -> None:
+        columns = [("weight_norm", layer, 3 + i) for i, layer in enumerate(weights)]
+        for name, size in (("effective_lr", 1), ("angle", 5), ("layer_angle", 1), ("equilibrium", 1)):
+            columns += [(name, layer, size) for layer in weights]
+        columns += [("sigma", norm, 5) for norm in norms]
+        if inputs:
+            for name in ("input_max", "input_sum_abs", "input_sum_squares", "input_outside_float16"):
+                columns += [(name, norm, 1) for norm in norms]
+            columns += [("scale_change", layer, 1) for layer in weights]
+        write_layout(run, columns)
+        width = sum(size for _, _, size in columns)
+        for epoch in epochs:
+            row = 1e-6 * np.arange(1, width + 1) * epoch if value is None else np.full(width, value)
+            append_measurements(run, epoch, row)
+
+    return add

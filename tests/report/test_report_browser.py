@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,45 +31,6 @@ function visit(node, found) {
 const elements = visit(document, []);
 """
 TEXTS = COLLECT + "return elements.map(e => [...e.childNodes].filter(n => n.nodeType == 3).map(n => n.data).join(''))"
-
-
-@pytest.fixture(scope="module")
-def open_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
-    """A function that opens a file at a width and returns the browser; the browser is the same one every time."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-sync",
-        "hide-scrollbars",
-    ):
-        options.add_argument(f"--{argument}")
-    for argument in ("disable-background-networking", "disable-component-update", f"user-data-dir={profile}"):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-
-    def visit(page: Path, width: int):
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        for log in ("browser", "performance"):
-            browser.get_log(log)  # forgets what earlier pages did
-        browser.get(page.as_uri())
-        drawn = "return window.Bokeh === undefined || Bokeh.documents.length == 1 && Bokeh.documents[0].is_idle"
-        WebDriverWait(browser, 30).until(lambda _: browser.execute_script(drawn))
-        return browser
-
-    yield visit
-    browser.quit()
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ OPTION_KEYS: dict[str, str] = {
     "lr": "regime.lr",
     "epochs": "train.epochs",
     "precision": "train.precision",
+    "nonfinite": "train.nonfinite",
     "seed": "seed",
     "device": "device",
     "output": "output",
@@ -70,9 +71,10 @@ class ModelConfig(_Section):
 
     name: _Text = Field(default="resnet8", description="the name of a model")
     norm: _Text | None = Field(default=None, description="a norm such as l1 or topk:k=10")
+    norm_kinds: list[_Text] | None = Field(default=None, description="a list such as [batch, layer]")
     norm_precision: Literal["float32", "input"] = Field(default="float32", description="float32 or input")
     sync_norm: bool = Field(default=False, description="true or false")
-    weight_norm: _Text | None = Field(default=None, description="the name of a weight norm")
+    weight_norm: _Text | None = Field(default=None, description="a weight norm such as bounded or bounded:p=1")
     pretrained: bool | _Text = Field(default=False, description="true, false or a file")
     options: Annotated[dict[str, Any], _Plain] = Field(default={}, description="a mapping of numbers, text and lists")
 
@@ -118,6 +120,8 @@ class TrainConfig(_Section):
     clip_norm: float | None = Field(default=None, gt=0, description="a number above 0")
     accumulate: int = Field(default=1, ge=1, description="a whole number from 1")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="a number from 0, below 1")
+    nonfinite: Literal["stop", "skip", "rollback"] = Field(default="stop", description="stop, skip or rollback")
+    instruments: Literal["none", "default", "all"] = Field(default="default", description="none, default or all")
 
 
 class RunConfig(_Section):

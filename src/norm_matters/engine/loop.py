@@ -1,11 +1,13 @@
 """The training loop: a generator of rows, one per epoch. Whoever consumes it decides what is kept."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from norm_matters.engine.evaluate import ImageBatch, evaluate
+from norm_matters.engine.instruments.collect import Instruments
 from norm_matters.engine.metrics import Meter
 from norm_matters.engine.state import TrainingState
 from norm_matters.engine.step import StepOptions, train_step
@@ -55,18 +57,20 @@ def training_rows(
     train: Batches,
     val: Batches,
     options: StepOptions,
+    instruments: Instruments | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train from the clock's position to its last epoch, yielding one row (see `record.table.COLUMNS`) per epoch.
 
-    The state stands at the end of the epoch whenever a row is yielded, so the consumer can save it.
+    The state stands at the end of the epoch whenever a row is yielded, so the consumer can save it; `instruments.row`
+    then holds what they measured in that epoch.
 
     Raises:
-        NumericalError: gradients overflow at every loss scale.
+        NumericalError: see `train_step`.
     """
     for epoch in range(state.clock.epoch, state.clock.epochs):
         start = time.perf_counter()
-        meter, learning_rate = _train_epoch(state, train, epoch, options, on_progress)
+        meter, learning_rate = _train_epoch(state, train, epoch, options, instruments, on_progress)
         trained = meter.scores()
         seconds_train = time.perf_counter() - start
         scores = evaluate(
@@ -92,19 +96,28 @@ def training_rows(
             "val_seconds": round(seconds - seconds_train, 4),
             "loss_scale": state.scale.scale if state.scale else None,
             "skipped_steps": state.skipped_steps,
+            "rejected_updates": state.rejected_updates(),
         }
 
 
 def _train_epoch(
-    state: TrainingState, train: Batches, epoch: int, options: StepOptions, on_progress: OnProgress | None
+    state: TrainingState,
+    train: Batches,
+    epoch: int,
+    options: StepOptions,
+    instruments: Instruments | None,
+    on_progress: OnProgress | None,
 ) -> tuple[Meter, float]:
     """Train one epoch; return its meter and the learning rate of its last step."""
     state.module.train()
+    if options.nonfinite == "rollback":
+        state.remember()
     meter = Meter(state.device)
-    learning_rate = 0.0
+    learning_rate, batch = 0.0, None
     start = last_report = time.perf_counter()
     for done, batch in enumerate(train.epoch(epoch), start=1):
-        learning_rate = train_step(state, batch.images, batch.labels, options=options, meter=meter)
+        with instruments.step(done) if instruments else contextlib.nullcontext():
+            learning_rate = train_step(state, batch.images, batch.labels, options=options, meter=meter)
         now = time.perf_counter()
         if on_progress and now - last_report >= SECONDS_BETWEEN_REPORTS:
             last_report = now
@@ -122,4 +135,6 @@ def _train_epoch(
                     now - start,
                 )
             )
+    if instruments and batch is not None:
+        instruments.end_epoch(batch.images)
     return meter, learning_rate

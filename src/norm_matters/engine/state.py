@@ -1,7 +1,7 @@
 """All that changes while a network trains, in one place: what a checkpoint must hold, and nothing else."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from norm_matters.core.clock import Clock
 from norm_matters.core.errors import UserError
 from norm_matters.engine.precision import PRECISIONS, LossScale, input_dtype
 from norm_matters.engine.rng import restore_rng, rng_state
+from norm_matters.norms import RunningStatistics
 from norm_matters.regimes import Regime, RegimeOptimizer
+from norm_matters.weights import project, projected_weights
 
 
 class TrainingState:
@@ -36,6 +38,9 @@ class TrainingState:
         self.device = device
         self.clock = clock
         self.skipped_steps = 0
+        self.given_up_in_a_row = 0
+        # What happened since the last row was recorded, for the log.
+        self.incidents: list[str] = []
         self.precision = PRECISIONS[precision]
         self.scale = LossScale() if self.precision.scaled else None
         self.module = module.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -53,6 +58,10 @@ class TrainingState:
         self.input_dtype = input_dtype(module)
         # Bound once: a named_parameters() walk at every step costs more than a small network's arithmetic.
         self._pairs = [(self.masters[name], parameter) for name, parameter in trained.items() if name in self.masters]
+        self._projections = projected_weights(module, self.masters)
+        self.statistics = RunningStatistics(module)
+        self._rejected_before = 0
+        self._remembered: _Remembered | None = None
 
     def gradients_to_masters(self) -> None:
         """Move the gradients of low-precision weights to their float32 masters."""
@@ -60,11 +69,33 @@ class TrainingState:
             master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
             parameter.grad = None
 
+    def project_weights(self) -> None:
+        """Put weights that are bounded by projection back to their norm."""
+        project(self._projections)
+
     def masters_to_weights(self) -> None:
         """Round the masters into the network's weights."""
         with torch.no_grad():
             for master, parameter in self._pairs:
                 parameter.copy_(master)
+
+    def rejected_updates(self) -> int:
+        """How many batches the norms have left out of their running statistics since the run began."""
+        return self._rejected_before + self.statistics.rejected()
+
+    def remember(self) -> None:
+        """Keep the weights, the statistics and the optimizer as they are now, for `roll_back`."""
+        model = {name: tensor.clone() for name, tensor in self.model_tensors().items()}
+        optimizer = {name: tensor.clone() for name, tensor in self.optimizer.tensors().items()}
+        self._remembered = _Remembered(model, optimizer, self.optimizer.numbers(), self.clock)
+
+    def roll_back(self) -> None:
+        """Return to what was remembered; the clock, the loss scale and the random streams go on."""
+        assert self._remembered is not None
+        model, optimizer, numbers, clock = self._remembered
+        self._load_weights(model)
+        self.optimizer.load(optimizer, numbers, clock)
+        self.optimizer.prepare(self.clock)
 
     def model_tensors(self) -> dict[str, Tensor]:
         """The network as a state_dict of full-precision tensors: masters stand in for the weights rounded from them."""
@@ -81,6 +112,8 @@ class TrainingState:
         return {
             "step": self.clock.step,
             "skipped_steps": self.skipped_steps,
+            "given_up_in_a_row": self.given_up_in_a_row,
+            "rejected_updates": self.rejected_updates(),
             "optimizer": self.optimizer.numbers(),
             "scale": self.scale.state() if self.scale else None,
             "rng": rng_state()[1],
@@ -92,18 +125,32 @@ class TrainingState:
         Raises:
             UserError: the checkpoint is of another network, or part of the state is missing.
         """
-        load_weights(self.module, model)
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(model[name])
+        self._load_weights(model)
         self.clock = self.clock.at_step(int(numbers["step"]))
         self.skipped_steps = int(numbers["skipped_steps"])
+        self.given_up_in_a_row = int(numbers["given_up_in_a_row"])
+        self._rejected_before = int(numbers["rejected_updates"])
         if (self.scale is None) != (numbers["scale"] is None):
             raise UserError("the checkpoint was written in another precision: only one of the two has a loss scale")
         if self.scale is not None:
             self.scale.load(numbers["scale"])
         self.optimizer.load(_part(training, "optimizer/"), numbers["optimizer"], self.clock)
         restore_rng(_part(training, "rng/"), numbers["rng"])
+
+    def _load_weights(self, model: Mapping[str, Tensor]) -> None:
+        load_weights(self.module, model)
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(model[name])
+
+
+class _Remembered(NamedTuple):
+    """A state to roll back to: weights and statistics, the optimizer's tensors and numbers, and when that was."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    numbers: dict[str, Any]
+    clock: Clock
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

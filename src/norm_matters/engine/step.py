@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from norm_matters.core.errors import NumericalError
 from norm_matters.engine.metrics import Meter
+from norm_matters.engine.nonfinite import PATIENCE, Policy, all_finite, describe_range, first_nonfinite
 from norm_matters.engine.state import TrainingState
 
 
@@ -19,11 +21,13 @@ class StepOptions:
             the memory of one chunk. Batch norms see one chunk at a time.
         clip_norm: largest global norm of the gradient; None for no clipping.
         label_smoothing: share of the target spread evenly over the classes; in training only.
+        nonfinite: what is done when the loss, or a gradient that no loss scale explains, is not finite.
     """
 
     accumulate: int = 1
     clip_norm: float | None = None
     label_smoothing: float = 0.0
+    nonfinite: Policy = "stop"
 
 
 def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options: StepOptions, meter: Meter) -> float:
@@ -32,16 +36,20 @@ def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options:
     Args:
         images: (N, C, H, W), normalised, on the device of `state`.
         labels: (N,) int64, likewise.
-        meter: receives the loss and hits of the batch as trained.
+        meter: receives the loss and hits of the batch as trained; nothing of a batch whose loss is not finite.
 
     Returns:
         The learning rate of the first parameter group in this step.
 
     Raises:
-        NumericalError: gradients overflow at every loss scale.
+        NumericalError: the step is not finite and the policy is to stop, or was so too often in a row; or gradients
+            overflow at every loss scale. The weights are those before the step.
     """
     learning_rate = state.optimizer.prepare(state.clock)
     state.optimizer.zero_grad()
+    if state.scale is not None or options.nonfinite != "stop":
+        state.statistics.commit()
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for image_chunk, label_chunk in zip(
         images.chunk(options.accumulate), labels.chunk(options.accumulate), strict=True
     ):
@@ -54,22 +62,68 @@ def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options:
             )
         weight = len(label_chunk) / len(labels)
         (loss * (weight * (state.scale.scale if state.scale else 1.0))).backward()
-        meter.update(loss.detach(), logits.detach(), label_chunk)
-    _update(state, options.clip_norm)
+        seen.append((loss.detach(), logits.detach(), label_chunk))
+    state.gradients_to_masters()
+    if not all_finite([loss for loss, _, _ in seen]):
+        _give_up(state, options, "the training loss", images)
+    else:
+        for chunk in seen:
+            meter.update(*chunk)
+        _update(state, options, images)
     state.clock = state.clock.at_step(state.clock.step + 1)
     return learning_rate
 
 
-def _update(state: TrainingState, clip_norm: float | None) -> None:
-    state.gradients_to_masters()
+def _update(state: TrainingState, options: StepOptions, images: Tensor) -> None:
+    """Move the weights, unless the gradients are not finite."""
     parameters = [parameter for parameter in state.optimizer.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if state.scale is not None:
-        finite = state.scale.unscale([parameter.grad for parameter in parameters if parameter.grad is not None])
+        finite = state.scale.unscale(gradients)
         state.scale.update(finite)
         if not finite:
+            state.statistics.rollback()
             state.skipped_steps += 1
             return
-    if clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    elif not all_finite(gradients):
+        _give_up(state, options, "a gradient", images)
+        return
+    if options.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
     state.optimizer.step()
+    state.project_weights()
     state.masters_to_weights()
+    state.given_up_in_a_row = 0
+
+
+def _give_up(state: TrainingState, options: StepOptions, what: str, images: Tensor) -> None:
+    """Leave a step out that is not finite, as the policy says."""
+    state.given_up_in_a_row += 1
+    message = f"{what} is not finite in epoch {state.clock.epoch + 1}, step {state.clock.step + 1}"
+    if options.nonfinite == "stop" or state.given_up_in_a_row == 1:
+        # Only the first of a row is looked into: this costs a forward pass.
+        message += f": {_where(state, options, images)}"
+    if options.nonfinite == "stop":
+        raise NumericalError(message)
+    if state.given_up_in_a_row > PATIENCE:
+        raise NumericalError(f"{message}; {PATIENCE} steps before were given up too (nonfinite={options.nonfinite})")
+    if options.nonfinite == "skip":
+        state.statistics.rollback()
+    else:
+        state.roll_back()
+    state.skipped_steps += 1
+    state.incidents.append(f"{message}; {'step skipped' if options.nonfinite == 'skip' else 'rolled back'}")
+
+
+def _where(state: TrainingState, options: StepOptions, images: Tensor) -> str:
+    """Where in the network the values stop being finite."""
+    for chunk in images.to(state.input_dtype).chunk(options.accumulate):
+        where = first_nonfinite(state.module, chunk, lambda: state.precision.context(state.device))
+        if where is not None:
+            return where
+    # The last parameter is the first that the backward pass reaches.
+    for name, parameter in reversed(list(state.module.named_parameters())):
+        gradient = (state.masters[name] if name in state.masters else parameter).grad
+        if gradient is not None and not all_finite([gradient]):
+            return f"the forward pass is finite; the gradient of '{name}' is not: {describe_range(gradient)}"
+    return "a second forward pass is finite"

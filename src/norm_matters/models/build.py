@@ -1,6 +1,7 @@
 """From the configuration to a network that is known to work, whatever its origin."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,18 @@ from norm_matters.models import MODELS, weights
 from norm_matters.models.entry import Network, read_options
 from norm_matters.models.libraries import LIBRARIES, build_library_model, check_library_model
 from norm_matters.models.user_file import describe_error, load_user_model
-from norm_matters.norms import canonical_spec, convert_norm, has_spec, name_norms, norm_factory, norms_of, spec_of
+from norm_matters.norms import (
+    canonical_spec,
+    convert_norm,
+    has_spec,
+    kinds_to_convert,
+    name_norms,
+    norm_factory,
+    norms_of,
+    spec_of,
+    sync_norm,
+)
+from norm_matters.weights import normalise_weights
 
 _SMALL = 64
 """Images up to this side are padded and cropped in training; larger ones get crops of random size and shape."""
@@ -32,6 +44,8 @@ class BuiltModel:
         phases: the user's own regime (a list of phases or a function); None where the file has none.
         input_transform: the user's own functions from a PIL image to a tensor, under `train` and `eval`.
         converted: norm layers that were converted to the norm asked for (0 where they were built with it).
+        conversion: in place of which norms, in words.
+        weight_norms: layers whose weight is normalised as asked for.
         source: path and SHA-256 of a user's file.
         weights: path and SHA-256 of the initial weights, and the names of the parameters they do not cover.
     """
@@ -42,6 +56,8 @@ class BuiltModel:
     phases: list[dict[str, Any]] | Callable[..., Any] | None = None
     input_transform: Mapping[str, Callable[..., Any]] | None = None
     converted: int = 0
+    conversion: str = ""
+    weight_norms: int = 0
     source: Mapping[str, str] | None = None
     weights: Mapping[str, Any] | None = None
 
@@ -64,6 +80,7 @@ def create_model(
     norm: str | None = None,
     weight_norm: str | None = None,
     in_channels: int = 3,
+    norm_kinds: list[str] | None = None,
     norm_precision: Literal["float32", "input"] = "float32",
     pretrained: bool | str = False,
     **options: Any,
@@ -74,8 +91,11 @@ def create_model(
         name: of ours (`resnet20`), `timm:NAME`, `torchvision:NAME`, or the path of a `.py` file.
         num_classes: number of scores per image.
         norm: spec of the norm (`l1`, `topk:k=10`); None is `l2` in our networks and leaves others as they are.
-        weight_norm: not built yet; None.
+        weight_norm: spec of the weight norm (`bounded`, `bounded:p=1`) of every layer but the last; None for plain
+            weights.
         in_channels: channels of the images.
+        norm_kinds: which of a library's or your own network's norms become `norm`, see `convert_norm`; None for batch
+            norms, or layer and group norms in a network without.
         norm_precision: the statistics' precision: at least float32, or the input's own.
         pretrained: a safetensors file, or True for the weights in the library's own cache.
         options: of that network, e.g. `width=32`.
@@ -90,6 +110,7 @@ def create_model(
         name=name,
         norm=norm,
         weight_norm=weight_norm,
+        norm_kinds=norm_kinds,
         norm_precision=norm_precision,
         pretrained=pretrained,
         options=options,
@@ -109,31 +130,33 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, inpu
         UserError: whatever is wrong with the name, the norm, the options, the weights, the user's file, or the
             size of the images for this network.
     """
-    _refuse_unbuilt(config)
+    _check_norm_settings(config)
     check_model(config.name)
     build = _build_user_file if config.name.endswith(".py") else _build_library if ":" in config.name else _build_own
     built = build(config, num_classes, in_channels)
-    if config.norm is not None and not _has_norm(built.module, config.norm):
+    if config.norm is not None and not built.converted and not _has_norm(built.module, config.norm):
         # never train another norm silently
         raise UserError(f"model.norm: '{config.norm}': {config.name} ends with no norm of that spec")
     name_norms(built.module)
+    if config.sync_norm:
+        _synchronise(built.module)
+    if config.weight_norm is not None:
+        built = replace(built, weight_norms=_normalise_weights(built.module, config.weight_norm))
     if input_size is not None:
         _try_out(config.name, built.module, (2, in_channels, input_size, input_size), num_classes)
         built = replace(built, crop="pad" if input_size <= _SMALL else "inception")
     return built
 
 
-def _refuse_unbuilt(config: ModelConfig) -> None:
-    problems = []
-    if config.weight_norm is not None:
-        problems.append(f"model.weight_norm: '{config.weight_norm}': weight norms are not built yet; leave it out")
-    if config.sync_norm:
-        problems.append("model.sync_norm: 'true': not built yet; it comes with training on several devices")
+def _check_norm_settings(config: ModelConfig) -> None:
+    """Refuse what is said of norms that this network has not."""
     foreign = ":" in config.name or config.name.endswith(".py")
     if foreign and config.norm is None and config.norm_precision != "float32":
-        problems.append(f"model.norm_precision: '{config.norm_precision}' needs a norm of ours; set model.norm too")
-    if problems:
-        raise UserError(*problems)
+        raise UserError(f"model.norm_precision: '{config.norm_precision}' needs a norm of ours; set model.norm too")
+    if config.norm_kinds and config.norm is None:
+        raise UserError("model.norm_kinds: says which norms become model.norm; set that too")
+    if config.norm_kinds and not foreign:
+        raise UserError(f"model.norm_kinds: {config.name} is built with its norm, and nothing is converted")
 
 
 def _build_own(config: ModelConfig, num_classes: int, in_channels: int) -> BuiltModel:
@@ -167,7 +190,7 @@ def _build_library(config: ModelConfig, num_classes: int, in_channels: int) -> B
         record = _load(module, path, tensors, num_classes)
     elif config.pretrained:
         record = _load_file(module, config.pretrained, num_classes)
-    return BuiltModel(module, "cosine", converted=_convert(config, module), weights=record)
+    return BuiltModel(module, "cosine", weights=record, **_convert(config, module))
 
 
 def _build_user_file(config: ModelConfig, num_classes: int, in_channels: int) -> BuiltModel:
@@ -186,9 +209,9 @@ def _build_user_file(config: ModelConfig, num_classes: int, in_channels: int) ->
         "cosine",
         phases=own.phases,
         input_transform=own.input_transform,
-        converted=_convert(config, own.module),
         source=own.source,
         weights=record,
+        **_convert(config, own.module),
     )
 
 
@@ -202,17 +225,42 @@ def _load(module: nn.Module, path: Path, tensors: Mapping[str, Tensor], num_clas
     return {**weights.describe_file(path), "fresh": replaced}
 
 
-def _convert(config: ModelConfig, module: nn.Module) -> int:
-    """Convert the network's batch norms to the norm asked for; how many there were."""
+def _convert(config: ModelConfig, module: nn.Module) -> dict[str, Any]:
+    """Convert the network's norms to the norm asked for; what `BuiltModel` says of it."""
     if config.norm is None:
-        return 0
+        return {}
+    kinds: Any = config.norm_kinds or kinds_to_convert(module)
     try:
-        return convert_norm(module, config.norm, stats_dtype=config.norm_precision).count
+        report = convert_norm(module, config.norm, kinds=kinds, stats_dtype=config.norm_precision)
     except ValueError as error:
         ours = all(spec_of(layer) is not None for _, layer in norms_of(module))
         if ours and _has_norm(module, config.norm):
-            return 0  # nothing to convert, since the file built the norm itself
+            return {}  # nothing to convert, since the file built the norm itself
         raise UserError(f"model.norm: '{config.norm}': {error}") from error
+    text = _count([row.before for row in report.rows if row.before != row.after])
+    left = _count([row.before for row in report.left])
+    words = [f"in place of {text}" if text else "", f"{left} left" if left else ""]
+    return {"converted": report.count, "conversion": ", ".join(filter(None, words))}
+
+
+def _count(names: list[str]) -> str:
+    return " and ".join(f"{count} {name}" for name, count in Counter(names).items())
+
+
+def _synchronise(module: nn.Module) -> None:
+    """Let the norms share their statistics over the ranks; on one process this changes nothing."""
+    try:
+        sync_norm(module)
+    except ValueError as error:
+        raise UserError(f"model.sync_norm: 'true': {error}") from error
+
+
+def _normalise_weights(module: nn.Module, spec: str) -> int:
+    """Normalise the weights, which have their initial or pretrained values by now; how many layers there are."""
+    try:
+        return normalise_weights(module, spec).count
+    except ValueError as error:
+        raise UserError(f"model.weight_norm: '{spec}': {error}") from error
 
 
 def _has_norm(module: nn.Module, norm: str) -> bool:

@@ -2,15 +2,19 @@
 
 Bottlenecks have their stride in the 3 x 3 convolution, and parameters have torchvision's names, so that its
 weights load as they are. Shortcuts that change the shape are 1 x 1 convolutions with a norm.
+
+With the option `activation: trelu` they train without norms, their weights bounded (Hoffer et al. 2018).
 """
 
+import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from norm_matters.models.entry import DropRate, ModelEntry, Network, Width
-from norm_matters.models.layers import initialise
+from norm_matters.models.layers import Activation, initialise, make_activation
 
 if TYPE_CHECKING:
     from norm_matters.norms import NormFactory
@@ -18,11 +22,32 @@ if TYPE_CHECKING:
 Stem = Literal["imagenet", "small"]
 
 
-def make_shortcut(in_channels: int, out_channels: int, *, stride: int, norm: "NormFactory") -> nn.Module | None:
+@dataclass(frozen=True)
+class Style:
+    """How the blocks of a network are activated and summed.
+
+    Attributes:
+        activation: `relu`, or `trelu` for networks without norms.
+        share: of a block's branch in the variance of the sum; used with `trelu`.
+    """
+
+    activation: Activation
+    share: float
+
+    @property
+    def bias(self) -> bool:
+        """Whether convolutions have a bias of their own: without norms, nothing else has one."""
+        return self.activation == "trelu"
+
+
+def make_shortcut(
+    in_channels: int, out_channels: int, *, stride: int, norm: "NormFactory", style: Style
+) -> nn.Module | None:
     """The layers beside a block: None where input and output have the same shape."""
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), norm(out_channels))
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=style.bias)
+    return nn.Sequential(conv, norm(out_channels))
 
 
 def small_image_entry(depth: int, *, regime: str = "resnet-cifar") -> ModelEntry:
@@ -31,7 +56,13 @@ def small_image_entry(depth: int, *, regime: str = "resnet-cifar") -> ModelEntry
     assert depth == 6 * blocks + 2
 
     def build(
-        *, num_classes: int, in_channels: int, norm: "NormFactory", width: Width = 16, dropout: DropRate = 0.0
+        *,
+        num_classes: int,
+        in_channels: int,
+        norm: "NormFactory",
+        width: Width = 16,
+        dropout: DropRate = 0.0,
+        activation: Activation = "relu",
     ) -> ResNet:
         return ResNet(
             BasicBlock,
@@ -42,6 +73,7 @@ def small_image_entry(depth: int, *, regime: str = "resnet-cifar") -> ModelEntry
             in_channels=in_channels,
             norm=norm,
             dropout=dropout,
+            activation=activation,
         )
 
     return ModelEntry(build, regime)
@@ -58,6 +90,7 @@ def imagenet_entry(block: "type[BasicBlock | Bottleneck]", blocks: Sequence[int]
         width: Width = 64,
         stem: Stem = "imagenet",
         dropout: DropRate = 0.0,
+        activation: Activation = "relu",
     ) -> ResNet:
         return ResNet(
             block,
@@ -68,55 +101,84 @@ def imagenet_entry(block: "type[BasicBlock | Bottleneck]", blocks: Sequence[int]
             in_channels=in_channels,
             norm=norm,
             dropout=dropout,
+            activation=activation,
         )
 
     return ModelEntry(build, "resnet-imagenet", published)
 
 
-class BasicBlock(nn.Module):
+class Block(nn.Module, abc.ABC):
+    """A branch of convolutions beside a shortcut.
+
+    With `relu` their sum is activated: `relu(branch(x) + shortcut(x))`. The translated ReLU stretches what is positive
+    1.7-fold, and a stack of such sums explodes: with `trelu` the sum goes on as it is, both sides weighted so that its
+    variance stays 1, `sqrt(share) branch(trelu(x)) + sqrt(1 - share) x`.
+
+    A subclass makes its layers, `relu` and `downsample` the last of them.
+    """
+
+    expansion: ClassVar[int]
+    style: Style
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    @abc.abstractmethod
+    def branch(self, x_nchw: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+
+    def forward(self, x_nchw: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        if self.style.activation == "relu":
+            out = self.branch(x_nchw)
+            return self.relu(out + (x_nchw if self.downsample is None else self.downsample(x_nchw)))
+        active = self.relu(x_nchw)
+        shortcut = x_nchw if self.downsample is None else self.downsample(active)
+        return self.style.share**0.5 * self.branch(active) + (1 - self.style.share) ** 0.5 * shortcut
+
+
+class BasicBlock(Block):
     """Two 3 x 3 convolutions and a shortcut."""
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, *, stride: int, norm: "NormFactory") -> None:
+    def __init__(self, in_channels: int, channels: int, *, stride: int, norm: "NormFactory", style: Style) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.style = style
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=style.bias)
         self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=style.bias)
         self.bn2 = norm(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = make_shortcut(in_channels, channels, stride=stride, norm=norm)
+        self.relu = make_activation(style.activation)
+        self.downsample = make_shortcut(in_channels, channels, stride=stride, norm=norm, style=style)
 
-    def forward(self, x_nchw: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, channels, H / stride, W / stride)."""
-        out = self.relu(self.bn1(self.conv1(x_nchw)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + (x_nchw if self.downsample is None else self.downsample(x_nchw)))
+    def branch(self, x_nchw: Tensor) -> Tensor:
+        """See the base class."""
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x_nchw)))))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """A 1 x 1, a 3 x 3 and a 1 x 1 convolution and a shortcut; four times as many channels leave it."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, *, stride: int, norm: "NormFactory") -> None:
+    def __init__(self, in_channels: int, channels: int, *, stride: int, norm: "NormFactory", style: Style) -> None:
         super().__init__()
+        self.style = style
         out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=style.bias)
         self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=style.bias)
         self.bn2 = norm(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=style.bias)
         self.bn3 = norm(out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = make_shortcut(in_channels, out_channels, stride=stride, norm=norm)
+        self.relu = make_activation(style.activation)
+        self.downsample = make_shortcut(in_channels, out_channels, stride=stride, norm=norm, style=style)
 
-    def forward(self, x_nchw: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, 4 channels, H / stride, W / stride)."""
+    def branch(self, x_nchw: Tensor) -> Tensor:
+        """See the base class."""
         out = self.relu(self.bn1(self.conv1(x_nchw)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + (x_nchw if self.downsample is None else self.downsample(x_nchw)))
+        return self.bn3(self.conv3(out))
 
 
 class ResNet(Network):
@@ -128,6 +190,7 @@ class ResNet(Network):
         width: channels of the first stage.
         stem: `imagenet` (7 x 7 of stride 2 and a pooling) or `small` (3 x 3).
         dropout: applied before the linear layer.
+        activation: `relu`; or `trelu`, for networks without norms: see `Block`. Every block has the same share then.
     """
 
     def __init__(
@@ -141,17 +204,21 @@ class ResNet(Network):
         in_channels: int,
         norm: "NormFactory",
         dropout: float,
+        activation: Activation,
     ) -> None:
         super().__init__()
+        style = Style(activation, share=1 / sum(blocks))
         large = stem == "imagenet"
         self.min_input_size = 2 ** (len(blocks) - 1) * (4 if large else 1)
         self.conv1 = (
-            nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+            nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=style.bias)
             if large
-            else nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+            else nn.Conv2d(in_channels, width, 3, padding=1, bias=style.bias)
         )
         self.bn1 = norm(width)
-        self.relu = nn.ReLU(inplace=True)
+        # The translated ReLU comes first in every block, so the stem goes without, and the last block needs one more.
+        self.relu = make_activation("relu") if activation == "relu" else nn.Identity()
+        self.last_relu = nn.Identity() if activation == "relu" else make_activation(activation)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if large else nn.Identity()
         channels = width
         self.stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
@@ -159,19 +226,19 @@ class ResNet(Network):
             layers = []
             for position in range(count):
                 stride = 2 if index > 0 and position == 0 else 1
-                layers.append(block(channels, width * 2**index, stride=stride, norm=norm))
+                layers.append(block(channels, width * 2**index, stride=stride, norm=norm, style=style))
                 channels = width * 2**index * block.expansion
             self.add_module(name, nn.Sequential(*layers))
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
-        initialise(self, head=self.fc)
+        initialise(self, head=self.fc, activation=activation)
 
     def forward(self, images_nchw: Tensor) -> Tensor:
         """Scores (N, classes) of the images (N, C, H, W)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images_nchw))))
         for name in self.stages:
             x = self.get_submodule(name)(x)
-        return self.fc(self.dropout(x.mean(dim=(2, 3))))
+        return self.fc(self.dropout(self.last_relu(x).mean(dim=(2, 3))))
 
 
 resnet8 = small_image_entry(8, regime="digits")

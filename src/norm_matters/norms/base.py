@@ -23,6 +23,7 @@ AFFINE_OPTIONS: Mapping[str, Option] = {
     "stats_dtype": Option("word", "float32", words=("float32", "input")),
     "stats_format": Option("text", None, words=("none",), canonical=number_format),
     "accumulator": Option("word", "fp32", words=("fp32", "pairwise", "sequential")),
+    "accumulator_format": Option("text", None, words=("none",), canonical=number_format),
     "rounding": Option("word", "nearest", words=("nearest", "stochastic")),
 }
 
@@ -138,8 +139,10 @@ class AffineNorm(Norm):
             and what is made of them element by element are kept in the input's dtype (sums are accumulated, and
             numbers per channel kept, in float32 all the same).
         stats_format: simulate reductions over numbers of that format (`fp16`, `bf16`, `e4m3`, any `eXmY`).
-        accumulator: what sums are accumulated in then: "fp32", or the format itself, "pairwise" or "sequential".
-        rounding: to the format: "nearest" (ties to even) or "stochastic".
+        accumulator: how terms are summed: "fp32" by torch in float32; "pairwise" or "sequential", each partial sum
+            rounded to a format. What is rounded, and what is not: arithmetic.py.
+        accumulator_format: that of partial sums; `stats_format`, or float32 without one, unless given.
+        rounding: to the formats: "nearest" (ties to even) or "stochastic".
     """
 
     OPTIONS = AFFINE_OPTIONS
@@ -150,6 +153,7 @@ class AffineNorm(Norm):
     stats_dtype: Literal["float32", "input"]
     stats_format: str | None
     accumulator: Accumulator
+    accumulator_format: str | None
     rounding: Literal["nearest", "stochastic"]
 
     def __init__(
@@ -161,6 +165,7 @@ class AffineNorm(Norm):
         **options: Any,
     ) -> None:
         super().__init__(num_features, device=device, dtype=dtype, **options)
+        AffineNorm.reducer(self)  # raises UserError where its options contradict each other
         weight, bias = (learn and self.affine for learn in (self.learns_weight(), self.learn_bias))
         new = partial(torch.empty, num_features, device=device, dtype=dtype)
         trained = self.frozen not in ("affine", "all")
@@ -190,7 +195,7 @@ class AffineNorm(Norm):
 
     def reducer(self) -> Reducer:
         """How the numbers of a channel are brought together."""
-        return Reducer.of(self.stats_format, self.accumulator, self.rounding)
+        return Reducer.of(self.stats_format, self.accumulator, self.accumulator_format, self.rounding)
 
     def affine_in(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in `dtype`; gradients reach the parameters in theirs."""

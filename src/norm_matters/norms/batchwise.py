@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from norm_matters.norms.base import AFFINE_OPTIONS, AffineNorm, Capability
 from norm_matters.norms.reduce import Reducer, accumulator, channel_count
 from norm_matters.norms.spec import Option
+from norm_matters.norms.spread import spread_of_draws
 from norm_matters.norms.statistic import Statistic, normalise_by
 
 BATCH_OPTIONS: Mapping[str, Option] = {
@@ -88,7 +89,8 @@ class BatchwiseNorm(AffineNorm):
         self.register_buffer("num_batches_rejected", new((), dtype=torch.long) if track else None, persistent=False)
         # Called with (mean, sigma squared, values per channel) of a batch in place of tracking it; see calibrate.py.
         self.observer: Callable[[Tensor, Tensor, int], None] | None = None
-        self.reset_running_stats()
+        # Not the subclass's: what else that resets does not exist yet.
+        BatchwiseNorm.reset_running_stats(self)
 
     @abc.abstractmethod
     def statistic_for(self, n: int) -> Statistic:
@@ -103,7 +105,7 @@ class BatchwiseNorm(AffineNorm):
         reducer = self.reducer()
         n = reducer.count(x)
         weight, bias = self.affine_in(accumulator(x))
-        return normalise_by(
+        y, mean, var = normalise_by(
             x,
             weight,
             bias,
@@ -113,6 +115,15 @@ class BatchwiseNorm(AffineNorm):
             n=n,
             reducer=reducer,
         )
+        return y, mean, self.tracked(var, n)
+
+    def tracked(self, var: Tensor, n: int) -> Tensor:
+        """What `running_var` takes of sigma squared, estimated from n values per channel."""
+        return var
+
+    def spread(self, n: int) -> float:
+        """The standard deviation over the mean of the estimate of sigma, from batch to batch of n Gaussian values."""
+        return spread_of_draws(self.statistic_for(n), n)
 
     def normalise(self, x: Tensor) -> Tensor:
         """By the batch in training (and where nothing is tracked), else by the running estimates."""
@@ -121,7 +132,7 @@ class BatchwiseNorm(AffineNorm):
         if channel_count(x) < 2 and not self._shares():
             raise ValueError(f"{self.label()} needs more than one value per channel in training, got {tuple(x.shape)}")
         y, mean, var = self.normalise_batch(x)
-        if self.training and self.running_mean is not None and not _recomputing():
+        if self.training and self.running_mean is not None and not recomputing():
             if self.observer is None:
                 self._track(mean, var)
             else:
@@ -202,11 +213,12 @@ class BatchwiseNorm(AffineNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchwiseNorm":
         """Move and cast as any module; but `.half()` and the like leave the running statistics in float32 or wider."""
-        before = {"running_mean": self.running_mean, "running_var": self.running_var}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
         for key, old in before.items():
             new = self._buffers[key]
-            if old is not None and new is not None and torch.promote_types(new.dtype, torch.float32) != new.dtype:
+            narrow = new is not None and new.is_floating_point() and new.itemsize < torch.float32.itemsize
+            if old is not None and new is not None and narrow:
                 self._buffers[key] = old.to(device=new.device, dtype=torch.float32)
         return self
 
@@ -220,7 +232,7 @@ class BatchwiseNorm(AffineNorm):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this forward pass repeats one that was counted: activation checkpointing runs it in the backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

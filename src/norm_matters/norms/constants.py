@@ -32,6 +32,11 @@ def paper_extreme_constant(n: int) -> float:
     return (1 + math.sqrt(math.pi * math.log(4))) / (2 * math.sqrt(2 * math.log(n)))
 
 
+def paper_range_constant(n: int) -> float:
+    """The constant of Banner et al. (2018) for the largest less the smallest of n deviations."""
+    return 1 / math.sqrt(2 * math.log(n))
+
+
 # The public functions are constants to torch.compile, which would otherwise look through a cache into what fills it.
 @torch.compiler.assume_constant_result
 def moment_constant(n: int, p: float) -> float:
@@ -55,6 +60,16 @@ def extreme_constant(n: int, k: int) -> float:
     return _extreme_constant(n, k)
 
 
+@torch.compiler.assume_constant_result
+def range_constant(n: int) -> float:
+    """The calibrated constant for the largest less the smallest of n deviations.
+
+    Args:
+        n: values per channel, from 2.
+    """
+    return _range_constant(n)
+
+
 @cache
 def _moment_constant(n: int, p: float) -> float:
     """By `E[M^-a] = E[e^(a V)] / Gamma(1 + a)` for M = mean |z|^p and a = 2/p.
@@ -62,7 +77,7 @@ def _moment_constant(n: int, p: float) -> float:
     P(V > v) is the Laplace transform of M at e^v, itself the n-th power of one integral.
     """
     if n < _FEW:
-        return _constant_of_draws(n, lambda d: (d**p).mean(1) ** (1 / p))
+        return _constant_of_draws(n, lambda d: (np.abs(d) ** p).mean(1) ** (1 / p))
     z = (np.arange(1000) + 0.5) / 100
     density = np.exp(-(z**2) / 2)
     density /= density.sum()
@@ -82,33 +97,76 @@ def _extreme_constant(n: int, k: int) -> float:
     Given that share, the k largest are independent draws from the tail, whose moments are known.
     """
     if n < _FEW:
-        return _constant_of_draws(n, lambda d: np.sort(d, axis=1)[:, n - k :].mean(1))
+        return _constant_of_draws(n, lambda d: np.sort(np.abs(d), axis=1)[:, n - k :].mean(1))
     if k == n:
-        return math.sqrt((n - 3) / (n - 1) * _inverse_square(0.0, k))
+        return math.sqrt((n - 3) / (n - 1) * _inverse_square(1.0, k))
+    shares, weights = shares_beyond(n, k)
+    mean_inverse = float(weights @ [_inverse_square(share, k) for share in shares])
+    return math.sqrt((n - 3) / (n - 1) * mean_inverse)
+
+
+@cache
+def _range_constant(n: int) -> float:
+    """By `E[1 / R^2]` for the range R of n draws, the same for deviations: exact, as R / S is independent of S."""
+    if n < _FEW:
+        return _constant_of_draws(n, lambda d: d.max(1) - d.min(1))
+    r, below = distribution_of_range(n)
+    mean_inverse = float(np.sum(2 / r**3 * below)) * (r[1] - r[0])
+    # Beyond the last r the distribution is 1.
+    return math.sqrt((n - 3) / n * (mean_inverse + 1 / r[-1] ** 2))
+
+
+def distribution_of_range(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers r in equal steps from 0 (excluded) up, and how probably n Gaussian draws lie within a range of r.
+
+    The smallest is at x, and the others between x and x + r: an integral over x.
+    """
+    farthest = math.sqrt(2 * math.log(n)) + 6
+    r = np.arange(0.02, 2 * farthest, 0.02)
+    x = torch.arange(-farthest, 6, 0.02, dtype=torch.float64)
+    outside = torch.special.ndtr(x) + torch.special.ndtr(-x - torch.from_numpy(r)[:, None])
+    density = torch.exp(-x.square() / 2) * (0.02 / math.sqrt(2 * math.pi))
+    below = n * torch.exp((n - 1) * torch.log1p(-outside.clamp(max=1 - 1e-15))) @ density
+    return r, below.clamp(max=1).numpy()
+
+
+def shares_beyond(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the share of |z| beyond the (k+1)-th largest of n, which follows Beta(k + 1, n - k), and their weights.
+
+    Args:
+        n: values.
+        k: from 1 to n - 1.
+    """
     a, b = k + 1, n - k
     # Over the log-odds of the share, 10 standard deviations around the most likely value.
     odds = math.log(a / b) + math.sqrt(1 / a + 1 / b) * np.linspace(-10, 10, 200)
     log_share, log_rest = -np.log1p(np.exp(-odds)), -np.log1p(np.exp(odds))
     log_density = a * log_share + b * log_rest
     density = np.exp(log_density - log_density.max())
-    inverses = [_inverse_square(-NormalDist().inv_cdf(share / 2), k) for share in np.exp(log_share)]
-    return math.sqrt((n - 3) / (n - 1) * float(density @ inverses / density.sum()))
+    return np.exp(log_share), density / density.sum()
 
 
-def _inverse_square(threshold: float, k: int) -> float:
-    """`E[1 / T^2]` for the mean T of k standard Gaussians given that each is above the threshold.
+def tail_moments(share: float) -> tuple[float, float]:
+    """Mean and variance of |z| for a standard Gaussian z, given that it is among that share of the largest |z|."""
+    threshold = -NormalDist().inv_cdf(share / 2)
+    mean = math.exp(-(threshold**2) / 2) / math.sqrt(2 * math.pi) / (share / 2)
+    return mean, 1 + threshold * mean - mean**2
+
+
+def _inverse_square(share: float, k: int) -> float:
+    """`E[1 / T^2]` for the mean T of k standard Gaussians given that each |z| is among that share of the largest.
 
     An expansion in the relative central moments of T, good because a Gaussian's tail is narrow against its mean.
     """
-    share = 0.5 * math.erfc(threshold / math.sqrt(2))
-    mean = math.exp(-(threshold**2) / 2) / math.sqrt(2 * math.pi) / share
-    second = (1 + threshold * mean - mean**2) / mean**2
+    threshold = -NormalDist().inv_cdf(share / 2)
+    mean, variance = tail_moments(share)
+    second = variance / mean**2
     third = (2 * mean**2 - 3 * threshold * mean + threshold**2 - 1) / mean**2
     return (1 + 3 * second / k - 4 * third / k**2 + 15 * (second / k) ** 2) / mean**2
 
 
 def _constant_of_draws(n: int, statistic: Callable[[np.ndarray], np.ndarray]) -> float:
-    """`sqrt(mean(S^2 / T^2))` over 20,000 fixed draws of n values; `statistic` maps |d| (draws, n) to T (draws,)."""
+    """`sqrt(mean(S^2 / T^2))` over 20,000 fixed draws of n values; `statistic` maps d (draws, n) to T (draws,)."""
     z = np.random.default_rng(0).standard_normal((20_000, n))
-    d = np.abs(z - z.mean(1, keepdims=True))
+    d = z - z.mean(1, keepdims=True)
     return math.sqrt(np.mean((d**2).mean(1) / statistic(d) ** 2))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from norm_matters.norms.batchwise import ScaleNorm
+from norm_matters.norms.spread import moment_spread
 from norm_matters.norms.statistic import Deviations, Measure, Statistic
 
 
@@ -42,3 +43,7 @@ class L1Norm(ScaleNorm):
     def statistic(self, n: int, constant: float) -> L1Statistic:
         """See `ScaleNorm`."""
         return L1Statistic(constant)
+
+    def spread(self, n: int) -> float:
+        """See the base class."""
+        return moment_spread(n, 1.0) or super().spread(n)

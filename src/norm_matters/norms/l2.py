@@ -1,5 +1,6 @@
 """L2 batch norm: `nn.BatchNorm2d` under the contract of base.py."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class L2Statistic(Statistic):
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the variance is rounded to the dtype of d, as the squares are."""
         total = deviations.sum(deviations.dense().square_())
-        sigma = (total / deviations.n).to(deviations.dtype).to(total.dtype).sqrt()
+        sigma = deviations.reducer.round(total / deviations.n).to(deviations.dtype).to(total.dtype).sqrt()
         return Measure(sigma, torch.where(sigma == 0, 0, 1 / (deviations.n * sigma)))
 
     def slope(self, d: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
@@ -43,9 +44,7 @@ class L2Norm(BatchwiseNorm):
         dtype = accumulator(x)
         reducer = self.reducer()
         if self.compute_dtype(x) != dtype or not reducer.plain:
-            n = reducer.count(x)
-            y, mean, var = super().normalise_batch(x)
-            return y, mean, var * (n / (n - 1))
+            return super().normalise_batch(x)
         weight, bias = self.affine_in(dtype)
         # torch's kernel writes running statistics itself: it writes them here, with momentum 1, and the base class
         # commits them if they are finite. (Called directly: nn.functional.batch_norm refuses eps = 0 in training.)
@@ -53,3 +52,11 @@ class L2Norm(BatchwiseNorm):
         var = torch.zeros_like(mean)
         y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, self.eps, torch.backends.cudnn.enabled)
         return y, mean, var
+
+    def tracked(self, var: Tensor, n: int) -> Tensor:
+        """See the base class."""
+        return var * (n / (n - 1))
+
+    def spread(self, n: int) -> float:
+        """See the base class."""
+        return 1 / math.sqrt(2 * (n - 1))

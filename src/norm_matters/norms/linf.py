@@ -4,6 +4,7 @@ from operator import index
 
 from norm_matters.norms.batchwise import ScaleNorm
 from norm_matters.norms.constants import extreme_constant, paper_extreme_constant
+from norm_matters.norms.spread import extreme_spread
 from norm_matters.norms.topk import TopKStatistic
 
 
@@ -23,3 +24,7 @@ class LinfNorm(ScaleNorm):
     def statistic(self, n: int, constant: float) -> TopKStatistic:
         """See `ScaleNorm`."""
         return TopKStatistic(constant, 1)
+
+    def spread(self, n: int) -> float:
+        """See the base class."""
+        return extreme_spread(n, 1) or super().spread(n)

@@ -12,6 +12,7 @@ from norm_matters.norms.base import per_channel
 from norm_matters.norms.batchwise import SCALE_OPTIONS, ScaleNorm
 from norm_matters.norms.constants import moment_constant, paper_moment_constant
 from norm_matters.norms.spec import Option
+from norm_matters.norms.spread import moment_spread
 from norm_matters.norms.statistic import Deviations, Measure, Statistic
 
 
@@ -73,3 +74,7 @@ class LpNorm(ScaleNorm):
     def statistic(self, n: int, constant: float) -> LpStatistic:
         """See `ScaleNorm`."""
         return LpStatistic(constant, self.p)
+
+    def spread(self, n: int) -> float:
+        """See the base class."""
+        return moment_spread(n, self.p) or super().spread(n)

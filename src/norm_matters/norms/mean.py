@@ -56,6 +56,10 @@ class MeanNorm(BatchwiseNorm):
         """See the base class."""
         return UnitStatistic()
 
+    def spread(self, n: int) -> float:
+        """See the base class."""
+        return 0.0
+
     def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the base class; on one rank in torch's own operations, which can be differentiated twice."""
         if not self.reducer().plain:

@@ -4,28 +4,15 @@ from torch import nn
 
 from norm_matters.norms.base import Norm
 from norm_matters.norms.build import resolve_spec
-
-_TORCH_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.CrossMapLRN2d,
-)
-# Norms of timm and torchvision that derive from none of torch's; known by name, so that neither is imported.
-_LIBRARY_NORMS = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d", "RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2d"}
+from norm_matters.norms.describe import is_known
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm: ours, torch's, or one of timm's or torchvision's.
+    """Whether a module is a norm: ours, torch's, or one of timm's or torchvision's, with a fused activation or without.
 
     The one answer that weight-decay groups, precision filters and conversion ask for.
     """
-    return isinstance(module, (Norm, *_TORCH_NORMS)) or any(
-        base.__name__ in _LIBRARY_NORMS and base.__module__.split(".")[0] in ("timm", "torchvision")
-        for base in type(module).__mro__
-    )
+    return is_known(module)
 
 
 def norms_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

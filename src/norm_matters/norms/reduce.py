@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from norm_matters.core.errors import UserError
+
 Accumulator = Literal["fp32", "pairwise", "sequential"]
 
 
@@ -49,13 +51,31 @@ class Reducer:
     group: "dist.ProcessGroup | None" = None
 
     @staticmethod
-    def of(format: str | None, accumulate: Accumulator, rounding: Literal["nearest", "stochastic"]) -> "Reducer":
-        """The reductions that the options of a norm ask for, on one rank."""
-        if format is None:
-            return PLAIN
-        from norm_matters.norms.formats import Arithmetic
+    def of(
+        stats_format: str | None,
+        accumulate: Accumulator,
+        accumulator_format: str | None,
+        rounding: Literal["nearest", "stochastic"],
+    ) -> "Reducer":
+        """The reductions that the options of a norm ask for, on one rank.
 
-        return Reducer(Arithmetic(format, accumulate, rounding))
+        Raises:
+            UserError: an option has no meaning beside the others.
+        """
+        if accumulate == "fp32" and accumulator_format is not None:
+            raise UserError(
+                f"accumulator_format={accumulator_format} needs accumulator=pairwise or sequential; fp32 has its own"
+            )
+        if stats_format is None and accumulate == "fp32":
+            if rounding == "stochastic":
+                raise UserError("rounding=stochastic needs a format to round to, such as stats_format=fp16")
+            return PLAIN
+        from norm_matters.norms.arithmetic import Arithmetic
+        from norm_matters.norms.formats import parse_format
+
+        terms = parse_format(stats_format or "fp32")
+        sums = parse_format(accumulator_format) if accumulator_format else terms
+        return Reducer(Arithmetic(terms, accumulate, rounding, sums))
 
     @property
     def plain(self) -> bool:
@@ -74,6 +94,12 @@ class Reducer:
         total = channel_sum(x) if self.arithmetic is None else self.arithmetic.sum(x)
         return self._all_reduce(total, dist.ReduceOp.SUM)
 
+    def sum_gathered(self, values: Tensor) -> Tensor:
+        """Sum values (C, k), which are those of all ranks already, per channel; (C,) in `accumulator(values)`."""
+        if self.arithmetic is None:
+            return values.sum(1, dtype=accumulator(values))
+        return self.arithmetic.sum(values.t())
+
     def share(self, totals: Tensor) -> Tensor:
         """Add numbers that are sums already over the ranks."""
         return self._all_reduce(totals, dist.ReduceOp.SUM)
@@ -81,6 +107,14 @@ class Reducer:
     def max(self, values: Tensor) -> Tensor:
         """The largest over the ranks, element by element."""
         return self._all_reduce(values, dist.ReduceOp.MAX)
+
+    def of_first_rank(self, values: Tensor) -> Tensor:
+        """The values of the first rank, on all."""
+        if self.group is None:
+            return values
+        values = values.clone()
+        dist.broadcast(values, group=self.group, group_src=0)
+        return values
 
     def round(self, values: Tensor) -> Tensor:
         """Round a statistic to the simulated format."""

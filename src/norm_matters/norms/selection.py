@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from norm_matters.norms.base import Capability, Norm
+from norm_matters.norms.query import norms_of
 
 Patterns = str | Sequence[str] | None
 """Glob patterns of dotted names (`layer1.*`); None for no condition."""
@@ -87,13 +88,18 @@ def norms_with(
         else:
             left.append(Row(name, norm.spec, norm.spec, _LACKS[capability]))
     if not able:
-        raise ValueError(f"{tool}: {_why_none(left, capability)}")
+        raise ValueError(f"{tool}: {_why_none(model, left, capability, include, exclude)}")
     return able, left
 
 
-def _why_none(left: list[Row], capability: Capability) -> str:
+def _why_none(model: nn.Module, left: list[Row], capability: Capability, include: Patterns, exclude: Patterns) -> str:
+    foreign = [(name, type(norm).__name__) for name, norm in norms_of(model) if is_selected([name], include, exclude)]
+    if not left and not foreign:
+        return "the model has no norm that is selected"
     if not left:
-        return "the model has no norm of ours that is selected; convert_norm makes them"
+        shown = ", ".join(f"'{name}' ({kind})" for name, kind in foreign[:3])
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        return f"layer {shown}{more}: not a norm of ours; convert_norm makes it one (a batch norm becomes an l2)"
     shown = ", ".join(f"'{row.name}' ({row.before})" for row in left[:3])
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     return f"layer {shown}{more}: {_LACKS[capability]}"

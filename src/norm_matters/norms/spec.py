@@ -41,6 +41,7 @@ class Option:
         words: texts accepted besides (or, with kind "word", instead of) a number; "none" stands for None.
         shown: the canonical text always names this option, also at its default.
         positional: the text gives this option without its key.
+        required: there is no default; an error says what to write.
         canonical: brings a value to the form that equal values share; raises UserError for one that it does not know.
     """
 
@@ -52,6 +53,7 @@ class Option:
     words: tuple[str, ...] = ()
     shown: bool = False
     positional: bool = False
+    required: bool = False
     canonical: Callable[[Any], Any] | None = None
 
     def read(self, text: str) -> Any:
@@ -186,6 +188,9 @@ def complete_options(norm: str, options: Mapping[str, Any], valid: Mapping[str, 
                 values[key] = canonical(value) if canonical and value is not None else value
             except UserError as error:
                 problems += [f"norm '{norm}': {key}={_format_value(value)}: {problem}" for problem in error.problems]
+    for key, option in valid.items():
+        if option.required and key not in options:
+            problems.append(f"norm '{norm}' needs its {key}; write {norm}:{'' if option.positional else key + '='}NAME")
     if problems:
         raise UserError(*problems)
     return values

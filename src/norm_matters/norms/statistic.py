@@ -64,7 +64,7 @@ class Deviations:
 
     def largest(self) -> Tensor:
         """The largest |d| of each channel, (C,)."""
-        return self.reducer.max(self.image_extents().amax(0))
+        return self.reducer.round(self.reducer.max(self.image_extents().amax(0)))
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The largest and the smallest d of each channel, (C,)."""
@@ -150,32 +150,66 @@ def normalise_by(
     Returns:
         y (dtype and layout of x), mean (C,), sigma squared (C,); the last two carry no gradient.
     """
-    return _NormaliseBy.apply(x, weight, bias, eps, statistic, dtype, n, reducer)  # type: ignore[return-value]
+    mean, measure = measure_by(x, statistic=statistic, dtype=dtype, n=n, reducer=reducer)
+    y = normalise_measured(
+        x, weight, bias, mean, measure, eps=eps, statistic=statistic, dtype=dtype, n=n, reducer=reducer
+    )
+    return y, mean, measure.sigma.square()
 
 
-class _NormaliseBy(Function):
+@torch.no_grad()
+def measure_by(
+    x: Tensor, *, statistic: Statistic, dtype: torch.dtype, n: int, reducer: Reducer = PLAIN
+) -> tuple[Tensor, Measure]:
+    """The first half of `normalise_by`: the mean (C,) of x and the measure of its deviations, both without gradient."""
+    mean = reducer.round(reducer.sum(x) / n) if statistic.centred else x.new_zeros(x.shape[1], dtype=accumulator(x))
+    measure = statistic.measure(Deviations(x, mean, dtype, n, reducer))
+    return mean, measure._replace(sigma=reducer.round(measure.sigma))
+
+
+def normalise_measured(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    measure: Measure,
+    *,
+    eps: float,
+    statistic: Statistic,
+    dtype: torch.dtype,
+    n: int,
+    reducer: Reducer = PLAIN,
+) -> Tensor:
+    """The second half of `normalise_by`: y, by what was measured, or by what was made of it (sigma and gain alike)."""
+    sigma, gain, extras, peaks = measure
+    return _Normalise.apply(  # type: ignore[return-value]
+        x, weight, bias, mean, sigma, gain, peaks, eps, statistic, dtype, n, reducer, *extras
+    )
+
+
+class _Normalise(Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        mean: Tensor,
+        sigma: Tensor,
+        gain: Tensor | None,
+        peaks: Tensor | None,
         eps: float,
         statistic: Statistic,
         dtype: torch.dtype,
         n: int,
         reducer: Reducer,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean = reducer.round(reducer.sum(x) / n) if statistic.centred else x.new_zeros(x.shape[1], dtype=accumulator(x))
-        sigma, gain, extras, peaks = statistic.measure(Deviations(x, mean, dtype, n, reducer))
-        sigma = reducer.round(sigma)
-        var = sigma.square()
-        y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        *extras: Tensor,
+    ) -> Tensor:
+        y = torch.nn.functional.batch_norm(x, mean, sigma.square(), weight, bias, False, 0.0, eps)
         ctx.save_for_backward(x, weight, mean, sigma, gain, peaks, *extras)
         ctx.eps, ctx.statistic, ctx.dtype, ctx.has_bias = eps, statistic, dtype, bias is not None
         ctx.n, ctx.reducer = n, reducer
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return y
 
     @staticmethod
     @once_differentiable
@@ -212,7 +246,7 @@ class _NormaliseBy(Function):
             else:
                 dx.index_put_(places, factor[:, None] * u, accumulate=True)
         affine = (dweight if weight is not None else None, dbias if ctx.has_bias else None)
-        return dx.to(x.dtype), *affine, None, None, None, None, None
+        return dx.to(x.dtype), *affine, *[None] * (9 + len(extras))
 
 
 def _affine_gradients(

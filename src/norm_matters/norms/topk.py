@@ -12,6 +12,7 @@ from norm_matters.norms.base import per_channel
 from norm_matters.norms.batchwise import SCALE_OPTIONS, ScaleNorm
 from norm_matters.norms.constants import extreme_constant, paper_extreme_constant
 from norm_matters.norms.spec import Option
+from norm_matters.norms.spread import extreme_spread
 from norm_matters.norms.statistic import Deviations, Measure, Statistic
 
 
@@ -32,7 +33,7 @@ class TopKStatistic(Statistic):
         if deviations.reducer.group is not None:
             values = deviations.reducer.gather(values).sort(descending=True).values
         largest, threshold = values[:, : self.k], values[:, self.k - 1]
-        sigma = self.constant * largest.mean(1, dtype=deviations.mean.dtype)
+        sigma = self.constant / self.k * deviations.reducer.sum_gathered(largest)
         gain = torch.full_like(sigma, self.constant / self.k)
         # Places are kept for the backward pass: not where they would be many against the input.
         if deviations.reducer.plain and 8 * self.k <= deviations.n and _no_ties(values, self.k):
@@ -110,3 +111,7 @@ class TopKNorm(ScaleNorm):
     def statistic(self, n: int, constant: float) -> TopKStatistic:
         """See `ScaleNorm`."""
         return TopKStatistic(constant, min(self.k, n))
+
+    def spread(self, n: int) -> float:
+        """See the base class."""
+        return (extreme_spread(n, self.k) if self.k < n else None) or super().spread(n)

@@ -71,6 +71,37 @@ def save_checkpoint(
     Raises:
         StorageError: it could not be written; the older checkpoints are intact.
     """
+    checkpoints = run / CHECKPOINTS
+    files.make_folder(checkpoints)
+    files.remove_temporaries(checkpoints)
+    _mend_best(run)
+    folder = _free_folder(checkpoints, step)
+    write_checkpoint(folder, step=step, model=model, training=training, state=state, best=best)
+    files.replace_link(checkpoints / LAST, folder.name)
+    if best:
+        files.replace_link(checkpoints / BEST, folder.name)
+    _remove_unlinked(checkpoints)
+    return folder
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    model: Mapping[str, Tensor],
+    training: Mapping[str, Tensor],
+    state: dict[str, Any],
+    best: bool,
+) -> None:
+    """Write a checkpoint as a folder of its own, which appears whole; no link and no other checkpoint is touched.
+
+    Args:
+        folder: must not exist yet.
+        step, model, training, state, best: as in `save_checkpoint`.
+
+    Raises:
+        StorageError: it could not be written; nothing is left behind.
+    """
     parts = {MODEL_FILE: _pack(model), TRAINING_FILE: _pack(training)}
     entries = {
         name: {
@@ -81,18 +112,7 @@ def save_checkpoint(
         for (name, data), tensors in zip(parts.items(), (model, training), strict=True)
     }
     document = {"step": step, "best": best, "parts": entries, "state": state}
-
-    checkpoints = run / CHECKPOINTS
-    files.make_folder(checkpoints)
-    files.remove_temporaries(checkpoints)
-    _mend_best(run)
-    folder = _free_folder(checkpoints, step)
     files.write_folder(folder, {**parts, STATE_FILE: seal_state(document)})
-    files.replace_link(checkpoints / LAST, folder.name)
-    if best:
-        files.replace_link(checkpoints / BEST, folder.name)
-    _remove_unlinked(checkpoints)
-    return folder
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -27,6 +27,7 @@ COLUMNS = (
     "val_seconds",
     "loss_scale",
     "skipped_steps",
+    "rejected_updates",
 )
 
 

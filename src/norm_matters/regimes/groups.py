@@ -4,7 +4,7 @@
 |---|---|
 | `name:REGEX` | those in whose full name (`layer1.0.conv1.weight`) the expression is found |
 | `last` | weight and bias of the last layer: the last one, norms aside, with a parameter of two or more dimensions |
-| `norm` | those of normalisation layers, their biases included |
+| `norm` | those of normalisation layers, their biases included, and the scales per channel that weight norms learn |
 | `bias` | all others called `bias` |
 
 A parameter that is of several kinds belongs to the first in this order, among the kinds that the regime gives settings
@@ -18,6 +18,8 @@ from torch import nn
 
 from norm_matters.core.errors import UserError
 from norm_matters.norms import norms_of
+from norm_matters.weights import WeightNorm, last_layer
+from norm_matters.weights.layers import layer_of
 
 REST = "rest"
 
@@ -41,7 +43,8 @@ def group_parameters(module: nn.Module, names: Sequence[str], kinds: Sequence[st
         if not members[kind]:
             raise UserError(f"the regime's group '{kind}' fits no parameter of the network")
     members["norm"] = _norm_parameters(module)
-    members["last"] = _last_layer(module, members["norm"])
+    last = last_layer(module)
+    members["last"] = {name for name in names if layer_of(name) == last}
     members["bias"] = {name for name in names if name.rpartition(".")[2] == "bias"}
     order = [*patterns, *(kind for kind in ("last", "norm", "bias") if kind in kinds)]
     groups: dict[str, list[str]] = {REST: [], **{kind: [] for kind in order}}
@@ -52,19 +55,10 @@ def group_parameters(module: nn.Module, names: Sequence[str], kinds: Sequence[st
     return {kind: group for kind, group in groups.items() if group}
 
 
-def _last_layer(module: nn.Module, norms: set[str]) -> set[str]:
-    others = {name: parameter for name, parameter in module.named_parameters() if name not in norms}
-    layers = [_layer(name) for name, parameter in others.items() if parameter.ndim >= 2]
-    return {name for name in others if _layer(name) in layers[-1:]}
-
-
-def _layer(name: str) -> str:
-    """The path of the layer that a parameter belongs to; torch's parametrizations put theirs below the layer."""
-    path, parametrized, _ = name.partition(".parametrizations.")
-    return path if parametrized else name.rpartition(".")[0]
-
-
 def _norm_parameters(module: nn.Module) -> set[str]:
+    scales = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, WeightNorm)]
     return {
-        f"{path}.{name}" if path else name for path, layer in norms_of(module) for name, _ in layer.named_parameters()
+        f"{path}.{name}" if path else name
+        for path, layer in [*norms_of(module), *scales]
+        for name, _ in layer.named_parameters()
     }

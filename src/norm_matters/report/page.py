@@ -11,9 +11,9 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from norm_matters.report.style import CSS, LEGEND_SCRIPT
+from norm_matters.report.style import CSS, SCRIPT
 
-_VOID: Final = {"meta", "link", "line"}
+_VOID: Final = {"meta", "link", "line", "input"}
 
 
 class Html(str):
@@ -83,7 +83,7 @@ def page(title: str, subtitle: str, sections: Iterable[str], scripts: Sequence[s
         sections: the elements of the page, in order.
         scripts: JavaScript that the sections need (none: a page without scripts); ours, never the user's.
     """
-    scripts = [_utf8(script) for script in (*scripts, LEGEND_SCRIPT)] if scripts else []
+    scripts = [_utf8(script) for script in (*scripts, SCRIPT)] if scripts else []
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

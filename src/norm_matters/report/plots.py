@@ -5,6 +5,7 @@ Names that come from users reach the plots as data only (never as titles, templa
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from bokeh.document import Document
@@ -89,6 +90,23 @@ class Curve:
     high: np.ndarray | None = None
 
 
+class Drawing(Protocol):
+    """Whatever can be drawn as one plot of a page."""
+
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch on its x axis."""
+        ...
+
+    def heading(self) -> Html:
+        """What stands above the plot."""
+        ...
+
+    def plot(self, epochs: Range1d) -> figure:
+        """The plot, on the x range that the page's plots share."""
+        ...
+
+
 @dataclass(frozen=True)
 class Panel:
     """One plot: a title of ours, and its lines."""
@@ -96,34 +114,47 @@ class Panel:
     title: str
     curves: Sequence[Curve]
 
+    @property
+    def last_epoch(self) -> int:
+        """See `Drawing`."""
+        return max(int(curve.epochs.max()) for curve in self.curves if len(curve.epochs))
+
+    def heading(self) -> Html:
+        """See `Drawing`."""
+        return heading(self.title, log=_is_log(self))
+
+    def plot(self, epochs: Range1d) -> figure:
+        """See `Drawing`."""
+        return _plot(self, epochs)
+
 
 def drawable(panel: Panel) -> bool:
     """Whether any curve of the panel has a finite value."""
     return any(np.isfinite(curve.values).any() for curve in panel.curves)
 
 
-def draw(panels: Sequence[Panel]) -> tuple[list[Html], list[str]]:
+def draw(panels: Sequence[Drawing]) -> tuple[list[Html], list[str]]:
     """Draw panels that share their x axis.
 
     Args:
-        panels: each must be `drawable`.
+        panels: each must have something to draw (`drawable`).
 
     Returns:
         one HTML element per panel, and the scripts that the page must run for them (bokeh itself, then the data).
     """
     if not panels:
         return [], []
-    last = max(int(curve.epochs.max()) for panel in panels for curve in panel.curves if len(curve.epochs))
+    last = max(panel.last_epoch for panel in panels)
     margin = 0.5 if last == 1 else 0.02 * last
     epochs = Range1d(start=1 - margin, end=last + margin, bounds=(1 - margin, last + margin))
-    plots = [_plot(panel, epochs) for panel in panels]
+    plots = [panel.plot(epochs) for panel in panels]
     document = Document()
     with document.models.freeze():  # else bokeh looks through all models once per plot
         for plot in plots:
             document.add_root(plot)
     script, divs = components(plots, wrap_script=False)
     elements = [
-        tag("figure", tag("h3", _title(panel)), Html(div), class_="panel")
+        tag("figure", tag("h3", panel.heading()), Html(div), class_="panel")
         for panel, div in zip(panels, divs, strict=True)
     ]
     library = Resources(mode="inline", components=["bokeh"]).js_raw
@@ -146,22 +177,25 @@ def value_text(value: float) -> str:
 
 def _is_log(panel: Panel) -> bool:
     """Whether the values are all positive and span orders of magnitude (learning rates, a loss that explodes)."""
-    values = np.concatenate([curve.values for curve in panel.curves])
+    return spans_magnitudes(np.concatenate([curve.values for curve in panel.curves]))
+
+
+def spans_magnitudes(values: np.ndarray) -> bool:
+    """Whether the finite values, of which there must be one, are all positive and span orders of magnitude."""
     values = values[np.isfinite(values)]
     # Logarithms rather than a quotient, which can overflow.
     return bool(values.min() > 0 and np.log(values.max()) - np.log(values.min()) >= np.log(_LOG_FROM))
 
 
-def _title(panel: Panel) -> Html:
-    scale = " (logarithmic)" if _is_log(panel) else ""
-    return Html(tag("span", panel.title) + tag("span", scale, class_="soft"))
+def heading(title: str, *, log: bool) -> Html:
+    """The heading of a plot, which says where an axis is logarithmic."""
+    scale = " (logarithmic)" if log else ""
+    return Html(tag("span", title) + tag("span", scale, class_="soft"))
 
 
-def _plot(panel: Panel, epochs: Range1d) -> figure:
-    """Draw one panel on the given x range."""
-    log = _is_log(panel)
+def empty_plot(epochs: Range1d, *, log: bool = False, **options: Any) -> figure:
+    """A plot over epochs with nothing in it yet; `options` are bokeh's."""
     plot = figure(
-        height=270,
         sizing_mode="stretch_width",
         x_range=epochs,
         y_axis_type="log" if log else "linear",
@@ -170,7 +204,17 @@ def _plot(panel: Panel, epochs: Range1d) -> figure:
         # No tool takes over dragging and the wheel before it is asked to: on a phone they scroll the page.
         active_drag=None,
         toolbar_location="above",
+        **{"height": 270, **options},
     )
+    _style(plot)
+    if log:
+        plot.yaxis.formatter = LogTickFormatter(min_exponent=3)
+    return plot
+
+
+def _plot(panel: Panel, epochs: Range1d) -> figure:
+    """Draw one panel on the given x range."""
+    plot = empty_plot(epochs, log=_is_log(panel))
     dotted = sum(len(curve.epochs) for curve in panel.curves) <= _DOTS_UP_TO
     drawn = [renderer for curve in panel.curves for renderer in _draw_curve(plot, curve, dotted=dotted)]
     # Equal values have no span to fit an axis to: they get that of their size.
@@ -181,9 +225,6 @@ def _plot(panel: Panel, epochs: Range1d) -> figure:
     else:
         tooltips = [("epoch", "@epoch"), ("", "@text")]
         plot.add_tools(HoverTool(renderers=[*drawn], tooltips=tooltips, line_policy="nearest", visible=False))
-    _style(plot)
-    if log:
-        plot.yaxis.formatter = LogTickFormatter(min_exponent=3)
     return plot
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from norm_matters.record.files import write_file
+from norm_matters.report.instruments import view_instruments
 from norm_matters.report.page import Html, cards, facts_table, note, numbers_table, page, section, tag
 from norm_matters.report.plots import Curve, Panel, Series, draw, drawable, legend, value_text
 from norm_matters.report.read import RunFiles, best_epoch, not_finite, read_run, show
@@ -47,9 +48,12 @@ def write_report(run: Path) -> Path:
 
 def run_page(run: RunFiles) -> bytes:
     """Return the page of a run: its figures, curves, config and provenance."""
-    elements, scripts = draw([panel for panel in _panels(run) if drawable(panel)])
-    plots = tag("div", *elements, class_="panels")
-    curves = [section("Curves", legend([_TRAIN, _VAL]), plots)] if elements else []
+    panels = [panel for panel in _panels(run) if drawable(panel)]
+    instruments = view_instruments(run.folder)
+    elements, scripts = draw([*panels, *instruments.panels])
+    plots = tag("div", *elements[: len(panels)], class_="panels")
+    curves = [section("Curves", legend([_TRAIN, _VAL]), plots)] if panels else []
+    curves += instruments.sections(elements[len(panels) :])
     facts = tag(
         "div",
         section("Config", facts_table((key, show(value)) for key, value in run.config.items())),

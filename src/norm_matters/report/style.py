@@ -1,4 +1,4 @@
-"""The looks of every page and the few lines of script that its legend needs."""
+"""The looks of every page and the few lines of script that its legend and its sliders need."""
 
 CSS = """
 :root { color-scheme: light; --ink: #1b2733; --soft: #5b6875; --line: #dde3e9; --back: #f5f7f9; --card: #fff; }
@@ -29,6 +29,12 @@ p { margin: 4px 0; overflow-wrap: anywhere; }
 .legend button[aria-pressed=false] { opacity: .45; text-decoration: line-through; }
 .legend span { font-size: 13px; }
 .legend svg, th svg { flex: none; vertical-align: middle; }
+.slider { position: sticky; top: 0; z-index: 5; display: block; margin: 16px -4px 4px; padding: 8px 4px;
+  background: var(--back); font-size: 13px; }
+.part + .part { margin-top: 28px; }
+.part .soft, .part + .soft { margin: 8px 0 12px; font-size: 13px; }
+.slider input { display: block; width: 100%; max-width: 640px; height: 24px; margin: 2px 0 0; cursor: pointer; }
+.slider output { font-weight: 600; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 14px; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
@@ -60,9 +66,28 @@ footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
 @media print { .legend { position: static; } body { background: #fff; } }
 """
 
+# A slider shows another layer in all its plots: it copies the columns `NAME-INDEX` of their one source to `NAME`.
+_SLIDER_SCRIPT = """
+document.querySelectorAll(".slider input").forEach(function (input) {
+  const names = JSON.parse(input.dataset.names);
+  input.addEventListener("input", function () {
+    const index = Number(input.value);
+    input.parentElement.querySelector("output").textContent = index + 1 + ": " + names[index];
+    for (const doc of Bokeh.documents)
+      for (const plot of doc.roots())
+        if (plot.name === input.dataset.plots) {
+          const source = plot.renderers[0].data_source;
+          const columns = new Set(source.columns());
+          const shown = (name) => (columns.has(name + "-" + index) ? name + "-" + index : name);
+          source.data = Object.fromEntries([...columns].map((name) => [name, source.get_column(shown(name))]));
+        }
+  });
+});
+"""
+
 # A button hides or shows its series in every plot at once. Every plot is a root of the one Bokeh document, and every
 # line, marker and band of a series bears the series' key as its name.
-LEGEND_SCRIPT = """
+_LEGEND_SCRIPT = """
 document.querySelectorAll(".legend button").forEach(function (button) {
   button.addEventListener("click", function () {
     const on = button.getAttribute("aria-pressed") !== "true";
@@ -74,3 +99,6 @@ document.querySelectorAll(".legend button").forEach(function (button) {
   });
 });
 """
+
+SCRIPT = _LEGEND_SCRIPT + _SLIDER_SCRIPT
+"""Runs at the end of every page that has plots."""
