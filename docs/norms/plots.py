@@ -25,7 +25,7 @@ from norm_matters.record.files import write_file
 # Okabe and Ito's colours, which colour-blind people tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
 # What is drawn first is drawn wider, so that it shows where another line hides it.
-WIDTHS = (5, 2, 2, 2)
+WIDTHS = (4, 2, 2, 2)
 INPUT_COLOURS = {"Gaussian": BLUE, "uniform": ORANGE, "Laplace": GREEN, "ReLU'd Gaussian": PURPLE}
 FORMAT_COLOURS = {"fp16": BLUE, "bf16": ORANGE, "e4m3": GREEN}
 # Ratios of sigma above this are drawn here.

@@ -228,11 +228,17 @@ def test_rms_norms_are_a_kind_of_their_own():
         (nn.LayerNorm(8), "lp:p=3,eps=0.5", "position:statistic=(lp:p=3),eps=0.5,channel_dim=-1"),
         (nn.LayerNorm(8), "position:statistic=linf", "position:statistic=linf,channel_dim=-1"),
         (GROUPS, "position:statistic=linf", "position:statistic=linf"),
+        # its place is the batch, so it is no statistic
+        (GROUPS, "smooth:base=l1", "smooth:base=l1,beta=0.75"),
         (GROUPS, "group:statistic=l1", "group:groups=2,statistic=l1"),
         (GROUPS, "group:groups=4", "group:groups=4"),
         (GROUPS, "layer:statistic=l1", "layer:statistic=l1"),
         (nn.BatchNorm2d(8), "group:groups=4,statistic=l1", "group:groups=4,statistic=l1"),
         (create_norm("group:groups=2,stats_dtype=input", 8), "l1", "group:groups=2,statistic=l1,stats_dtype=input"),
+        (GROUPS, "timm:frn", "timm:frn,eps=1e-05"),
+        (create_norm("l1", 8), "frozen", "frozen"),
+        (create_norm("l1:frozen=affine", 8), "frozen", "frozen"),
+        (create_norm("l1:frozen=affine", 8), "l2", "l2:frozen=affine"),
         (create_norm("l1:frozen=all", 8), "layer", "layer:frozen=affine"),
         (create_norm("l1:frozen=stats", 8), "layer", "layer"),
     ],
@@ -413,7 +419,13 @@ def test_a_class_that_only_sets_options_is_known():
     ]
 
 
-@pytest.mark.parametrize("spec", ["group:groups=2", "layer", "instance", "none"])
+def test_what_only_one_norm_has_is_dropped_and_named():
+    model = nn.Sequential(nn.GroupNorm(2, 8))
+    assert convert_norm(model, "smooth:base=l1", kinds="group").rows[0].note == "running statistics start anew"
+    assert convert_norm(model, "l1").rows[0].note == "smoothed_sigma dropped"
+
+
+@pytest.mark.parametrize("spec", ["group:groups=2", "layer", "instance", "smooth", "none"])
 def test_tokens_take_no_norm_of_images(spec):
     model = nn.Sequential(nn.LayerNorm(8))
     with pytest.raises(ValueError, match=r"layer '0' has its channels last, and '.*' takes them at dimension 1"):
@@ -517,11 +529,12 @@ def test_frozen_batch_norm_stays_frozen(index):
     assert (model(x) - expected).abs().max() > 1e-3
 
 
-def test_a_spec_that_freezes_stops_training_and_drops_gradients():
+@pytest.mark.parametrize("spec", ["l1:frozen=affine", "layer:frozen=affine", "frozen"])
+def test_a_spec_that_freezes_stops_training_and_drops_gradients(spec):
     model = network()
     model(torch.randn(4, 3, 6, 6)).sum().backward()
     weight = model[1].weight
-    convert_norm(model, "l1:frozen=affine", include="1")
+    convert_norm(model, spec, include="1")
     assert model[1].weight is weight
     assert not weight.requires_grad
     assert weight.grad is None
@@ -556,6 +569,8 @@ def test_timms_split_batch_norm_is_refused():
     model = library_layers().convert_splitbn_model(network())
     with pytest.raises(ValueError, match=r"layer '1' \(SplitBatchNorm2d\) has its own forward"):
         convert_norm(model, "l1")
+    with pytest.raises(ValueError, match=r"include and exclude leave none of 1, 3\.1$"):
+        convert_norm(model, "l1", exclude=["1", "3.1"])
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -354,6 +354,9 @@ def test_accumulator_in_a_format_of_its_own():
     assert arithmetic("bf16", "sequential", sums="fp32").sum(x) == 3000
     # A term enters in the format of the accumulator.
     assert arithmetic("bf16", "sequential", sums="fp16").sum(torch.tensor([[1e5], [1.0]])) == torch.inf
+    # 0.13 is 0.125 there, which makes a tie with 1; as it is it would make 1.25.
+    for accumulate in NAIVE:
+        assert arithmetic("fp32", accumulate, sums="e5m2").sum(torch.tensor([[1.0], [0.13]])) == 1
 
 
 @pytest.mark.parametrize("accumulate", ["fp32", *NAIVE])

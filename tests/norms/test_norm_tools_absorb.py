@@ -281,6 +281,7 @@ def pretrained_like(model: nn.Module, x: Tensor, spec: str = "l1") -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "folded", "left"), [("resnet18", 20, 0), ("densenet121", 59, 62)])
 def test_torchvisions_networks(name, folded, left):
     torch.manual_seed(0)
@@ -294,6 +295,7 @@ def test_torchvisions_networks(name, folded, left):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "folded", "left"), [("tf_efficientnet_b0", 49, 0), ("resnetv2_50", 32, 17)])
 def test_timms_networks(name, folded, left):
     """Own padding and fused activations in the first; norms before the layers in the second."""

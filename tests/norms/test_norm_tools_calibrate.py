@@ -255,7 +255,9 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(found.images[:, None] / 8 - 1, dtype=torch.float32), torch.tensor(found.target)
 
 
-@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "topk:k=10"])
+@pytest.mark.parametrize(
+    "spec", ["l2", "l1", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("linf", "topk:k=10"))]
+)
 def test_it_restores_a_network_whose_statistics_are_wrong(spec):
     """The error on the 1,797 digits comes back to within 0.1 points of what it was: to one image."""
     torch.manual_seed(0)
@@ -299,3 +301,13 @@ def test_a_compiled_network_is_calibrated_as_it_was_written():
     calibrate_norm(plain, BATCHES)
     calibrate_norm(compiled, BATCHES)
     assert all(torch.equal(value, numbers(twin)[key]) for key, value in numbers(plain).items())
+
+
+def test_what_is_fused_to_a_norm_stays_in_evaluation():
+    norm, alone = create_norm("l1", 3), create_norm("l1", 3)
+    norm.add_module("drop", nn.Dropout(0.5))
+    model, plain = (nn.Sequential(each, nn.Conv2d(3, 4, 1), create_norm("l1", 4)) for each in (norm, alone))
+    plain.load_state_dict(model.state_dict())
+    calibrate_norm(model, BATCHES)
+    calibrate_norm(plain, BATCHES)
+    assert torch.equal(model[2].running_mean, plain[2].running_mean)

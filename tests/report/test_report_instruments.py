@@ -117,7 +117,9 @@ def test_a_panel_has_the_values_of_every_layer_and_shows_the_first(make_run, add
     np.testing.assert_allclose(data["value-0"], 1e-6 * np.array([2, 4, 8]))
     np.testing.assert_allclose(data["value-1"], 1e-6 * 5.5 * np.array([1, 2, 4]))
     np.testing.assert_allclose(data["low1-1"], 1e-6 * 4 * np.array([1, 2, 4]))
+    np.testing.assert_allclose(data["low0-1"], 1e-6 * 4.75 * np.array([1, 2, 4]))
     np.testing.assert_allclose(data["high0-1"], 1e-6 * 6.25 * np.array([1, 2, 4]))
+    np.testing.assert_allclose(data["high1-1"], 1e-6 * 7 * np.array([1, 2, 4]))
     for name in ("value", "low0", "high0", "low1", "high1"):
         np.testing.assert_array_equal(data[name], data[f"{name}-0"])
     data = source_of(angles).data

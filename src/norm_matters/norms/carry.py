@@ -42,6 +42,8 @@ def carry_over(old: Any, new: Any) -> list[str]:
             trained = getattr(new, key).requires_grad
             setattr(new, key, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trained))
     notes += _carry_statistics(old, new)
+    own = {**old._parameters, **old._buffers}.keys() - {"weight", "bias", *_STATISTICS}
+    notes += [f"{key} dropped" for key in sorted(own - new._buffers.keys())]
     for key in FUSED:
         if old._modules.get(key) is not None:
             new.add_module(key, old._modules[key])

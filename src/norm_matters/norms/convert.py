@@ -28,11 +28,11 @@ _WRAPPERS = {
 
 
 class _Converted(NamedTuple):
-    """A norm that waits to be placed; `retrain` says whether the spec sets if weight and bias are trained."""
+    """A norm that waits to be placed; whether weight and bias are trained from then on, None for as they were."""
 
     norm: Norm
     note: str
-    retrain: bool
+    trained: bool | None
 
 
 def convert_norm(
@@ -130,11 +130,13 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 
 def _find_norms(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every norm and all its dotted names, in the model's order."""
+    """Every norm and all its dotted names, in the model's order; norms within a norm are part of it."""
     found: dict[nn.Module, list[str]] = {}
+    last = None
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_known(module):
+        if is_known(module) and not (last and name.startswith(f"{last}.")):
             found.setdefault(module, []).append(name)
+            last = name
     return found
 
 
@@ -173,7 +175,9 @@ def _convert(model: nn.Module, old: Any, names: list[str], spec: str, options: d
     notes = [description.note, f"{', '.join(unused)} has no use" if unused else "", *carry_over(old, new)]
     new.layer_name = getattr(old, "layer_name", "") or names[0]
     new.training = old.training
-    return _Converted(new, ", ".join(filter(None, notes)), "frozen" in stated)
+    frozen = "frozen" in kind.OPTIONS and new.settings()["frozen"] in ("affine", "all")
+    trained = False if frozen else True if "frozen" in stated else None
+    return _Converted(new, ", ".join(filter(None, notes)), trained)
 
 
 def _target(description: Description, spec: str) -> tuple[str, list[str]]:
@@ -191,26 +195,28 @@ def _options_for(norm: type[Norm], description: Description) -> dict[str, Any]:
     """What the old layer had and the new one has an option for."""
     had = {**description.options, "channel_dim": description.channel_dim}
     valid = norm.OPTIONS
-    if had.get("frozen") and "frozen" in valid and not valid["frozen"].accepts(had["frozen"]):
-        # What takes no running statistics has none to freeze.
-        had["frozen"] = "affine" if had["frozen"] == "all" else None
+    if norm.name != description.where:
+        had.pop("groups", None)
+    frozen = had.pop("frozen", None)
+    # A norm may be frozen by its name; and one that takes no running statistics has none to freeze.
+    if frozen and "frozen" in valid and valid["frozen"].default is None:
+        accepted = valid["frozen"].accepts(frozen)
+        had["frozen"] = frozen if accepted else "affine" if frozen == "all" else None
     return {key: value for key, value in had.items() if key in valid}
 
 
 def _place(model: nn.Module, names: list[str], converted: _Converted) -> None:
-    """Put a norm where the old one was; a spec that states `frozen` decides what is trained from now on."""
+    """Put a norm where the old one was."""
     new = converted.norm
     for name in names:
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = new
-    if not converted.retrain:
-        return
-    frozen = new.settings()["frozen"] in ("affine", "all")
     for parameter in (getattr(new, "weight", None), getattr(new, "bias", None)):
-        if parameter is not None:
-            parameter.requires_grad_(not frozen)
-            # An optimizer built before would go on with a gradient that is left.
-            parameter.grad = None if frozen else parameter.grad
+        if parameter is None or converted.trained is None:
+            continue
+        parameter.requires_grad_(converted.trained)
+        # An optimizer built before would go on with a gradient that is left.
+        parameter.grad = parameter.grad if converted.trained else None
 
 
 def _has_fast_path(model: nn.Module, names: list[str]) -> bool:

@@ -103,7 +103,7 @@ def _round_stochastically(values: Tensor, generator: torch.Generator | None) -> 
 def parse_format(text: str) -> NumberFormat:
     """The format of a name: `fp16`, `bf16`, `tf32`, `fp32`, or `eXmY` with X exponent and Y mantissa bits.
 
-    `e4m3` is torch's `float8_e4m3fn`, without infinity, with the saturating cast that torch has from 2.12 on; all others
+    `e4m3` is torch's `float8_e4m3fn`: no infinity, and the saturating cast that torch has from 2.12 on. All others
     are as in IEEE 754.
 
     Raises:
