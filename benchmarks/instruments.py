@@ -8,7 +8,7 @@ shared machine steps differ by more than what is to be found. All times are proc
 disturb least. One step in 20 at most is measured: the dearest case is epochs of 20 steps with one of them measured and
 an end of the epoch each; in Fashion-MNIST's 468 steps 16 are.
 
-On a virtual machine of two cores that others kept busy (load 8 to 10; a step took 710 ms, three times its time alone):
+On a virtual machine of two cores that others kept busy (load 8 to 10; a step took 710 ms of processor time):
 a measured step cost 8.7 ms and an epoch's end 7.0 ms of the default set: 0.11% in epochs of 20 steps, 0.044% in
 Fashion-MNIST's; by pairs of steps a measured one took 0.998 times as long (median of 16). Of the set `all`, the
 scale-invariance check cost 5.3 steps an epoch (22 weights, 64 images), and a step that listens to the norms' inputs

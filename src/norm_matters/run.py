@@ -1,7 +1,6 @@
 """One run from configuration to report: the file that joins the rooms, top to bottom."""
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from norm_matters.norms import create_norm
 
 
-def step(spec: str, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+def step(spec: str, x: torch.Tensor, g: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
     """Outputs, gradients and buffers of a norm after one step on input x (N, C, *) with output gradient g."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     norm = create_norm(spec, x.shape[1], dtype=x.dtype)
     with torch.no_grad():
         for parameter in norm.parameters():
@@ -36,7 +36,7 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     found = {}
     for number, (spec, dtype, sizes) in enumerate(json.loads((folder / "cases.json").read_text())):
         parts = (batch[key].to(getattr(torch, dtype)).split(sizes)[rank] for key in ("x", "g"))
-        found |= {f"{number}/{key}": value.contiguous() for key, value in step(spec, *parts).items()}
+        found |= {f"{number}/{key}": value.contiguous() for key, value in step(spec, *parts, seed=rank).items()}
     save_file(found, folder / f"rank-{rank}.safetensors")
     dist.destroy_process_group()
 

@@ -122,8 +122,7 @@ def _where(state: TrainingState, options: StepOptions, images: Tensor) -> str:
         if where is not None:
             return where
     # The last parameter is the first that the backward pass reaches.
-    for name, parameter in reversed(list(state.module.named_parameters())):
-        gradient = (state.masters[name] if name in state.masters else parameter).grad
-        if gradient is not None and not all_finite([gradient]):
-            return f"the forward pass is finite; the gradient of '{name}' is not: {describe_range(gradient)}"
+    for name, parameter in reversed((dict(state.module.named_parameters()) | state.masters).items()):
+        if parameter.grad is not None and not all_finite([parameter.grad]):
+            return f"the forward pass is finite; the gradient of '{name}' is not: {describe_range(parameter.grad)}"
     return "a second forward pass is finite"
