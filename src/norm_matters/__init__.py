@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         create_norm,
         freeze_norm,
         is_norm,
+        sync_norm,
         unfreeze_norm,
     )
     from norm_matters.run import resume, train
@@ -40,6 +41,7 @@ __all__ = [
     "remove_weight_norm",
     "resume",
     "scale_invariant_weights",
+    "sync_norm",
     "train",
     "unfreeze_norm",
 ]
@@ -58,6 +60,7 @@ _name = lazy_attributes(
             "create_norm",
             "freeze_norm",
             "is_norm",
+            "sync_norm",
             "unfreeze_norm",
         ),
         "run": ("resume", "train"),

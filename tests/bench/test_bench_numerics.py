@@ -58,6 +58,15 @@ def test_float32_breaks_nowhere(norm, accumulator):
         assert max(row.output_error, row.gradient_error) < 1e-4
 
 
+def test_stochastic_rounding_is_measured():
+    """A sum of 4,096 values stalls in e5m2 rounded to nearest; it does not on average."""
+    torch.manual_seed(0)
+    (row,) = measure("l1", "e5m2", "sequential", n=4096, rounding="stochastic")
+    assert measure("l1", "e5m2", "sequential", n=4096)[0].ratio < 0.05
+    assert 0.5 < row.ratio < 2
+    assert row.rounding == "stochastic"
+
+
 def test_errors_are_relative_to_float64():
     """A norm that finds half of sigma puts out twice the values, with gradients to match."""
     (row,) = measure("l1", "e8m2", "fp32", n=4096, sigmas=(1.0,))

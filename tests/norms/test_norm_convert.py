@@ -576,7 +576,8 @@ def test_timms_split_batch_norm_is_refused():
 @pytest.mark.parametrize("nested", [False, True])
 def test_torchs_encoder_layer_does_not_pass_over_the_new_norm(nested):
     model: nn.Module = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    perturbed(model.norm1), perturbed(model.norm2)
+    perturbed(model.norm1)
+    perturbed(model.norm2)
     model = nn.TransformerEncoder(model, 1, enable_nested_tensor=True) if nested else nn.Sequential(model)
     report = convert_norm(model, "l1", kinds="layer")
     assert [row.note for row in report.rows] == ["torch's fused encoder layer switched off"] * 2

@@ -543,6 +543,26 @@ def test_maxima_are_rounded_where_they_enter_and_chosen_before():
         assert var != plain[2]
 
 
+@pytest.mark.parametrize("spec", ["lp:p=3", "range"])
+def test_largest_deviation_is_rounded(spec):
+    """It is beyond float16 here, though the values and sigma are not."""
+    x = torch.full((1000, 1), -30000.0)
+    x[3] = 60000.0
+    _, mean, var = create_norm(spec, 1, stats_format="fp16").normalise_batch(x)
+    assert mean.isfinite()
+    assert not var.isfinite()
+    assert create_norm(spec, 1).normalise_batch(x)[2].sqrt() < 65504
+
+
+@pytest.mark.parametrize("spec", ["l2", "rms"])
+def test_variance_is_rounded(spec):
+    """1e-9 is 0 in float16, though the one square that it is made of, 1e-6, and sigma, 3e-5, are not."""
+    x = torch.zeros(1000, 1)
+    x[3] = 1e-3
+    assert create_norm(spec, 1, stats_format="fp16").normalise_batch(x)[2] == 0
+    assert create_norm(spec, 1, stats_format="bf16").normalise_batch(x)[2] > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("spec", STATISTICS)
 def test_simulation_of_other_inputs(spec, dtype):

@@ -116,7 +116,7 @@ class Net(nn.Module):
         return self.use(self, x)
 
 
-def tied() -> nn.Conv2d:
+def padded_convolution() -> nn.Conv2d:
     return nn.Conv2d(4, 4, 3, padding=1)
 
 
@@ -149,10 +149,10 @@ LEFT = {
         lambda net, x: {"a": net.norm(y := net.conv(x)), "b": [y]}
     ),
     "'conv' before it is used 2 times": Net(lambda net, x: net.norm(net.conv(net.conv(x)))),
-    "is used 2 times": Net(lambda net, x: net.norm(net.conv(net.norm(net.conv(x))))),
+    "is used 2 times": Net(lambda net, x: net.norm(net.other(net.norm(net.conv(x)))), other=padded_convolution()),
     "the example does not reach it": Net(lambda net, x: net.conv(x)),
     r"'conv' before it shares its parameters with other\.weight": tie(
-        Net(lambda net, x: net.norm(net.conv(net.other(x))), other=tied())
+        Net(lambda net, x: net.norm(net.conv(net.other(x))), other=padded_convolution())
     ),
     "'conv' before it has its channels in another": Net(lambda net, x: net.norm(net.conv(x)), conv=nn.Linear(8, 4)),
     r"'conv' before it \(Standardised\) changes its weight": Net(

@@ -13,7 +13,7 @@ from norm_matters.record import COLUMNS, TIMING_COLUMNS, append_row, read_table,
 
 HEADER = (
     "epoch,step,train_loss,val_loss,train_error1,val_error1,train_error5,val_error5,lr,seconds,images_per_second,"
-    "val_seconds,loss_scale,skipped_steps\n"
+    "val_seconds,loss_scale,skipped_steps,rejected_updates\n"
 )
 
 
@@ -29,9 +29,9 @@ def test_the_header_comes_once_and_in_the_promised_order(table):
     lines = table.read_text().splitlines(keepends=True)
     assert lines == [
         HEADER,
-        "1,10,0.1,,,,,,,,,,,\n",
-        "2,20,0.2,,,,,,,,,,,\n",
-        "3,30,0.30000000000000004,,,,,,,,,,,\n",
+        "1,10,0.1,,,,,,,,,,,,\n",
+        "2,20,0.2,,,,,,,,,,,,\n",
+        "3,30,0.30000000000000004,,,,,,,,,,,,\n",
     ]
     assert set(TIMING_COLUMNS) < set(COLUMNS)
 

@@ -148,8 +148,10 @@ def test_projection_holds_for_what_the_optimizer_changes(precision):
     steps(state)
     tensors = state.model_tensors()
     for path, norm in weight_norms_of(state.module).items():
-        lengths = tensors[f"{path}.parametrizations.weight.original"].flatten(1).norm(dim=1)
+        master, used = tensors[f"{path}.parametrizations.weight.original"], state.module.get_submodule(path).weight
+        lengths = master.flatten(1).norm(dim=1)
         torch.testing.assert_close(lengths, norm.rho.expand(len(lengths)))
+        assert torch.equal(used, master.to(used.dtype))
 
 
 def test_a_step_that_is_skipped_projects_nothing_new():

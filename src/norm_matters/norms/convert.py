@@ -14,17 +14,8 @@ from norm_matters.norms.batchwise import BATCH_OPTIONS, BatchwiseNorm
 from norm_matters.norms.build import create_norm, resolve_spec
 from norm_matters.norms.carry import carry_over, device_and_dtype
 from norm_matters.norms.describe import KINDS, Description, Kind, describe, is_known, kind_of
-from norm_matters.norms.selection import Patterns, Report, Row, is_selected
+from norm_matters.norms.selection import Patterns, Report, Row, is_selected, refuse_wrapped
 from norm_matters.norms.spec import format_spec
-
-_WRAPPERS = {
-    "DataParallel",
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "FSDPModule",
-    "OptimizedModule",
-    "ScriptModule",
-}
 
 
 class _Converted(NamedTuple):
@@ -73,7 +64,7 @@ def convert_norm(
     """
     check_kinds(kinds)
     asked = set(_listed(kinds))
-    _refuse_wrapped(model)
+    refuse_wrapped(model, "convert its norms")
     if is_known(model):
         raise ValueError("the model is itself a norm and cannot be replaced in place; use create_norm")
     found = _find_norms(model)
@@ -117,16 +108,6 @@ def check_kinds(kinds: str | Sequence[str]) -> None:
 
 def _listed(kinds: str | Sequence[str]) -> list[str]:
     return [kinds] if isinstance(kinds, str) else list(kinds)
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        wrappers = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS]
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            wrappers.append("compiled module")
-        if wrappers:
-            where = f"layer '{name}'" if name else "the model"
-            raise ValueError(f"{where} is wrapped ({wrappers[0]}): convert its norms first, then wrap it")
 
 
 def _find_norms(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -20,6 +20,17 @@ _LACKS: dict[Capability, str] = {
 }
 
 
+# Known by name: importing torch's compiler takes seconds.
+_WRAPPERS = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "OptimizedModule",
+    "ScriptModule",
+}
+
+
 class Row(NamedTuple):
     """What was done to one layer: its dotted name, what it was, what it is now, and what else there is to say."""
 
@@ -51,6 +62,21 @@ class Report:
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def refuse_wrapped(model: nn.Module, change: str) -> None:
+    """Raise ValueError for a model that is wrapped or compiled: both hold on to the layers as they are.
+
+    Args:
+        change: what is to be done first, for the message: "convert its norms".
+    """
+    for name, module in model.named_modules():
+        wrappers = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS]
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            wrappers.append("compiled module")
+        if wrappers:
+            place = f"layer '{name}'" if name else "the model"
+            raise ValueError(f"{place} is wrapped ({wrappers[0]}): {change} first, then wrap it")
 
 
 def is_selected(names: Sequence[str], include: Patterns, exclude: Patterns) -> bool:

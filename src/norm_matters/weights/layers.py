@@ -10,16 +10,6 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 """Kinds of layers whose `weight` has output channels."""
 
-# Known by name: importing torch's compiler takes seconds.
-_WRAPPERS = {
-    "DataParallel",
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "FSDPModule",
-    "OptimizedModule",
-    "ScriptModule",
-}
-
 
 @dataclass(frozen=True)
 class ChannelLayout:
@@ -77,14 +67,3 @@ def layer_of(parameter: str) -> str:
     """The path of the layer that a parameter belongs to; torch's parametrizations put theirs below the layer."""
     path, parametrized, _ = f".{parameter}".partition(".parametrizations.")
     return path[1:] if parametrized else parameter.rpartition(".")[0]
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise ValueError for a model that is wrapped or compiled: both hold on to the weights as they are."""
-    for name, module in model.named_modules():
-        wrappers = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS]
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            wrappers.append("compiled module")
-        if wrappers:
-            place = f"layer '{name}'" if name else "the model"
-            raise ValueError(f"{place} is wrapped ({wrappers[0]}): change the weights first, then wrap it")

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from norm_matters.norms.selection import Patterns, Report, Row, is_selected
+from norm_matters.norms.selection import Patterns, Report, Row, is_selected, refuse_wrapped
 from norm_matters.weights.base import WeightNorm
 from norm_matters.weights.build import ResolvedWeightNorm, resolve_weight_norm
-from norm_matters.weights.layers import WEIGHTED, channel_layout, last_layer, refuse_wrapped
+from norm_matters.weights.layers import WEIGHTED, channel_layout, last_layer
 
 
 def bound_weights(
@@ -52,7 +52,7 @@ def normalise_weights(model: nn.Module, spec: str, include: Patterns = None, exc
         UserError: the spec is wrong.
     """
     resolved = resolve_weight_norm(spec)
-    refuse_wrapped(model)
+    refuse_wrapped(model, "change the weights")
     layers = _chosen(model, include, exclude)
     if not layers:
         raise ValueError(f"no weight was normalised to '{resolved.spec}': " + _why_nothing(model))
@@ -79,7 +79,7 @@ def remove_weight_norm(model: nn.Module) -> Report:
     Raises:
         ValueError: no weight is normalised; one has another parametrization on top; the model is wrapped or compiled.
     """
-    refuse_wrapped(model)
+    refuse_wrapped(model, "change the weights")
     found = weight_norms_of(model)
     if not found:
         raise ValueError("no weight of the model is normalised")
