@@ -8,7 +8,19 @@ import sys
 import pytest
 
 HEAVY = ["torch", "torchvision", "timm", "bokeh", "pandas", "sklearn"]
-ROOMS = ["core", "datasets", "engine", "models", "norms", "record", "regimes", "report", "transforms", "weights"]
+ROOMS = [
+    "bench",
+    "core",
+    "datasets",
+    "engine",
+    "models",
+    "norms",
+    "record",
+    "regimes",
+    "report",
+    "transforms",
+    "weights",
+]
 
 
 def loaded_after(statements: str, suspects: list[str]) -> list[str]:

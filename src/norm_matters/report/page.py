@@ -97,7 +97,7 @@ def page(title: str, subtitle: str, sections: Iterable[str], scripts: Sequence[s
     heading = tag("header", tag("h1", title), tag("p", subtitle, class_="soft"))
     body = tag(
         "body",
-        tag("main", heading, *sections, tag("footer", "Written by norm-matters from the files of the run.")),
+        tag("main", heading, *sections, tag("footer", "Written by norm-matters.")),
         *(tag("script", Html(script)) for script in scripts),
     )
     return _utf8("<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n").encode()

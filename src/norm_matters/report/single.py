@@ -67,6 +67,8 @@ def _subtitle(run: RunFiles) -> str:
     """What was trained, on what, and how far it is."""
     config = run.config
     norm = show(config["model.norm"]) if config.get("model.norm") else "its own norms"
+    if config.get("model.weight_norm"):
+        norm += f" and {show(config['model.weight_norm'])} weights"
     done, planned = run.last_epoch, run.planned_epochs
     progress = f"{done} of {planned} epochs" if planned else f"{done} epoch{'s' * (done != 1)}"
     val = run.provenance.get("data.val")
