@@ -13,6 +13,9 @@ from norm_matters.core.errors import UserError
 from norm_matters.norms import NORMS, create_norm, spec_of, sync_norm
 
 WORKER = Path(__file__).with_name("sync_worker.py")
+sys.path.insert(0, str(WORKER.parent))
+from sync_worker import CALIBRATION, calibrated, step  # noqa: E402  (tests are no package)
+
 CHANNELS = 6
 EQUAL, UNEQUAL = (4, 4), (5, 3)
 # Settings beside the defaults of every norm that has the option.
@@ -80,9 +83,6 @@ def ranks(tmp_path_factory) -> tuple[dict[str, torch.Tensor], list[dict[str, tor
 def test_two_ranks_equal_one_process(number, ranks):
     spec, dtype, _ = cases()[number]
     batch, found = ranks
-    sys.path.insert(0, str(WORKER.parent))
-    from sync_worker import step
-
     whole = step(sized(spec), *(batch[key].to(getattr(torch, dtype)) for key in ("x", "g")))
     tolerance = 1e-9 if dtype == "float64" else 1e-5
     for key, expected in whole.items():
@@ -95,6 +95,15 @@ def test_two_ranks_equal_one_process(number, ranks):
             torch.testing.assert_close(parts[0], parts[1], rtol=0, atol=0)
             together = parts[0]
         torch.testing.assert_close(together, expected, rtol=tolerance, atol=tolerance, msg=f"{key} differs")
+
+
+def test_ranks_calibrate_to_the_statistics_of_the_whole_batches(ranks):
+    """Each batch weighs by its values on all ranks, not by this rank's part."""
+    batch, found = ranks
+    whole = calibrated("l2", list(batch["x"].split([size for size, _ in CALIBRATION])))
+    for key, expected in whole.items():
+        for rank in found:
+            torch.testing.assert_close(rank[f"calibrated/{key}"], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_sync_norm_sets_the_option_and_names_what_it_leaves():

@@ -87,7 +87,7 @@ class BatchwiseNorm(AffineNorm):
         self.register_buffer("num_batches_tracked", new((), dtype=torch.long) if track else None)
         # Not of nn.BatchNorm2d's state: it says what happened, not what the layer computes.
         self.register_buffer("num_batches_rejected", new((), dtype=torch.long) if track else None, persistent=False)
-        # Called with (mean, sigma squared, values per channel) of a batch in place of tracking it; see calibrate.py.
+        # Called with (mean, sigma squared, values per channel on all ranks) of a batch in place of tracking it.
         self.observer: Callable[[Tensor, Tensor, int], None] | None = None
         # Not the subclass's: what else that resets does not exist yet.
         BatchwiseNorm.reset_running_stats(self)
@@ -136,7 +136,7 @@ class BatchwiseNorm(AffineNorm):
             if self.observer is None:
                 self._track(mean, var)
             else:
-                self.observer(mean, var, channel_count(x))
+                self.observer(mean, var, self.reducer().count(x))
         return y
 
     def capabilities(self) -> frozenset[Capability]:

@@ -135,7 +135,7 @@ class TimmNorm(Norm):
         try:
             y = layer(x)
         except (AssertionError, ValueError) as error:
-            raise ValueError(refused) from error
+            raise ValueError(f"{refused}: {error}") from error
         if y.shape != x.shape:
             raise ValueError(refused)
         return y
