@@ -5,14 +5,14 @@
 A forward pass of a network with its norms and one without are taken in turn, 41 times. Times are the thread's own CPU
 time, which other processes disturb least; the ratio is the median over the pairs, with its quartiles.
 
-Measured 2026-11-22 on two cores of an Intel Xeon with AVX-512 that other jobs kept busy (load 8), torch 2.13.0 CPU, one
-thread, l1 norms:
+Measured 2026-11-22 on one of two cores of an Intel Xeon at 2.50 GHz with AVX-512, the other one busy, torch 2.13.0
+CPU, one thread, l1 norms:
 
     network   layout               with (ms)  without (ms)  speed-up (quartiles)  norms  output difference
-    resnet20  contiguous_format        214.2         184.4  1.17 (1.10 to 1.24)      21            4.3e-07
-    resnet20  channels_last            198.3         156.3  1.20 (1.14 to 1.28)      21            8.0e-07
-    resnet18  contiguous_format        522.9         503.8  1.03 (0.96 to 1.06)      20            3.1e-07
-    resnet18  channels_last            379.9         381.1  1.06 (0.99 to 1.10)      20            5.8e-07
+    resnet20  contiguous_format        269.8         244.7  1.11 (1.08 to 1.15)      21            4.3e-07
+    resnet20  channels_last            195.6         173.5  1.15 (1.09 to 1.23)      21            8.0e-07
+    resnet18  contiguous_format        538.2         518.0  1.04 (1.00 to 1.06)      20            3.1e-07
+    resnet18  channels_last            429.6         407.4  1.06 (0.98 to 1.13)      20            5.8e-07
 
 resnet20 has 128 images of 28 x 28 (norms are 8% of the time contiguous and 15% channels last, says torch's profiler),
 resnet18 8 images of 224 x 224, whose convolutions have more to do per value.
