@@ -123,23 +123,25 @@ class Watch:
 
     def _watch(self, name: str, original: Original) -> None:
         norm: Any = self.norms[name]
-        normalise = norm.normalise
+        normalise = norm.normalise_and_activate
 
-        def watched(x: Tensor) -> Tensor:
-            y = normalise(x)
+        def watched(x: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+            assert residual is None
+            y = normalise(x, residual, relu=relu)
             with torch.no_grad():
                 l1, l2 = (reference(x.detach(), original, power) for power in (1, 2))
+                l1, l2 = (l1.relu(), l2.relu()) if relu else (l1, l2)
                 scale = l1.abs().max().item() + 1e-30
                 self.errors[name] = (y.detach() - l1).abs().max().item() / scale
                 self.gaps[name] = (l2 - l1).abs().max().item() / scale
             return y
 
-        norm.normalise = watched
+        norm.normalise_and_activate = watched
 
     def stop(self) -> None:
         """Leave the norms as they were."""
         for norm in self.norms.values():
-            del norm.normalise
+            del norm.normalise_and_activate
 
 
 def theirs(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from norm_matters.models.entry import DropRate, ModelEntry, Network, Width
 from norm_matters.models.layers import Activation, initialise, make_activation
+from norm_matters.norms import normalise_and_activate
 
 if TYPE_CHECKING:
     from norm_matters.norms import NormFactory
@@ -114,7 +115,7 @@ class Block(nn.Module, abc.ABC):
     1.7-fold, and a stack of such sums explodes: with `trelu` the sum goes on as it is, both sides weighted so that its
     variance stays 1, `sqrt(share) branch(trelu(x)) + sqrt(1 - share) x`.
 
-    A subclass makes its layers, `relu` and `downsample` the last of them.
+    A subclass makes its layers, `relu` and `downsample` the last of them, and names the norm that ends the branch.
     """
 
     expansion: ClassVar[int]
@@ -122,18 +123,24 @@ class Block(nn.Module, abc.ABC):
     relu: nn.Module
     downsample: nn.Module | None
 
+    @property
+    @abc.abstractmethod
+    def last_norm(self) -> nn.Module:
+        """The norm at the branch's end."""
+
     @abc.abstractmethod
     def branch(self, x_nchw: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        """(N, in_channels, H, W) to (N, out_channels, H / stride, W / stride); all but the last norm."""
 
     def forward(self, x_nchw: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
         if self.style.activation == "relu":
             out = self.branch(x_nchw)
-            return self.relu(out + (x_nchw if self.downsample is None else self.downsample(x_nchw)))
+            shortcut = x_nchw if self.downsample is None else self.downsample(x_nchw)
+            return normalise_and_activate(self.last_norm, self.relu, out, shortcut)
         active = self.relu(x_nchw)
         shortcut = x_nchw if self.downsample is None else self.downsample(active)
-        return self.style.share**0.5 * self.branch(active) + (1 - self.style.share) ** 0.5 * shortcut
+        return self.style.share**0.5 * self.last_norm(self.branch(active)) + (1 - self.style.share) ** 0.5 * shortcut
 
 
 class BasicBlock(Block):
@@ -153,7 +160,12 @@ class BasicBlock(Block):
 
     def branch(self, x_nchw: Tensor) -> Tensor:
         """See the base class."""
-        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x_nchw)))))
+        return self.conv2(normalise_and_activate(self.bn1, self.relu, self.conv1(x_nchw)))
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """See the base class."""
+        return self.bn2
 
 
 class Bottleneck(Block):
@@ -176,9 +188,14 @@ class Bottleneck(Block):
 
     def branch(self, x_nchw: Tensor) -> Tensor:
         """See the base class."""
-        out = self.relu(self.bn1(self.conv1(x_nchw)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        return self.bn3(self.conv3(out))
+        out = normalise_and_activate(self.bn1, self.relu, self.conv1(x_nchw))
+        out = normalise_and_activate(self.bn2, self.relu, self.conv2(out))
+        return self.conv3(out)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """See the base class."""
+        return self.bn3
 
 
 class ResNet(Network):
@@ -235,7 +252,7 @@ class ResNet(Network):
 
     def forward(self, images_nchw: Tensor) -> Tensor:
         """Scores (N, classes) of the images (N, C, H, W)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images_nchw))))
+        x = self.maxpool(normalise_and_activate(self.bn1, self.relu, self.conv1(images_nchw)))
         for name in self.stages:
             x = self.get_submodule(name)(x)
         return self.fc(self.dropout(self.last_relu(x).mean(dim=(2, 3))))

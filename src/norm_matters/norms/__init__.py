@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from norm_matters.norms.calibrate import CalibrationReport, calibrate_norm
     from norm_matters.norms.convert import check_kinds, convert_norm, kinds_to_convert
     from norm_matters.norms.freeze import freeze_norm, unfreeze_norm
+    from norm_matters.norms.fuse import fuse_activations, normalise_and_activate
     from norm_matters.norms.query import has_spec, is_norm, name_norms, norms_of, spec_of
     from norm_matters.norms.running import RunningStatistics
     from norm_matters.norms.selection import Report
@@ -57,11 +58,13 @@ __all__ = [
     "convert_norm",
     "create_norm",
     "freeze_norm",
+    "fuse_activations",
     "has_spec",
     "is_norm",
     "kinds_to_convert",
     "name_norms",
     "norm_factory",
+    "normalise_and_activate",
     "norms_of",
     "spec_of",
     "sync_norm",
@@ -77,6 +80,7 @@ __getattr__ = lazy_attributes(
         "calibrate": ("CalibrationReport", "calibrate_norm"),
         "convert": ("check_kinds", "convert_norm", "kinds_to_convert"),
         "freeze": ("freeze_norm", "unfreeze_norm"),
+        "fuse": ("fuse_activations", "normalise_and_activate"),
         "query": ("has_spec", "is_norm", "name_norms", "norms_of", "spec_of"),
         "running": ("RunningStatistics",),
         "selection": ("Report",),

@@ -40,9 +40,29 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
+def activate(y: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+    """What follows a norm: add a residual, then a ReLU; y may be overwritten by the latter."""
+    y = y if residual is None else y + residual
+    return torch.relu_(y) if relu else y
+
+
 def all_but_channels(x: Tensor) -> tuple[int, ...]:
     """The dimensions of x (N, C, *) a batch norm reduces over."""
     return (0, *range(2, x.dim()))
+
+
+def is_plain_relu(module: nn.Module | None) -> bool:
+    """Whether a module is torch's ReLU and nobody listens to its calls."""
+    return type(module) is nn.ReLU and not has_listeners(module)
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and not has_listeners(module)
+
+
+def has_listeners(module: nn.Module) -> bool:
+    """Whether a hook would see the module's output, or its gradient."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 class Norm(nn.Module, abc.ABC):
@@ -88,8 +108,17 @@ class Norm(nn.Module, abc.ABC):
     def normalise(self, x: Tensor) -> Tensor:
         """Return the normalised x, of the shape, dtype and memory layout of x (N, C, *)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalise_and_activate(self, x: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+        """Normalise x, add the residual (as x), apply a ReLU: in one pass, where a subclass can."""
+        return activate(self.normalise(x), residual, relu=relu)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """Normalise x of shape (N, C, *); then drop and activation, where a conversion brought them along.
+
+        Args:
+            x: the input.
+            residual: added to the normalised x; as x.
+            relu: apply a ReLU last.
 
         Raises:
             ValueError: x has not `num_features` channels, or statistics are needed from fewer than two values.
@@ -97,11 +126,15 @@ class Norm(nn.Module, abc.ABC):
         if x.dim() < 2 or x.shape[self.channel_dim] != self.num_features:
             expected = f"(N, {self.num_features}, ...)" if self.channel_dim == 1 else f"(N, ..., {self.num_features})"
             raise ValueError(f"{self.label()} expects {expected}, got {tuple(x.shape)}")
+        fused = [layer for layer in map(self._modules.get, FUSED) if layer is not None and not _does_nothing(layer)]
+        if not fused:
+            return self.normalise_and_activate(x, residual, relu=relu)
+        if residual is None and len(fused) == 1 and is_plain_relu(fused[0]):
+            return self.normalise_and_activate(x, None, relu=True)
         y = self.normalise(x)
-        for key in FUSED:
-            fused = self._modules.get(key)
-            y = y if fused is None else fused(y)
-        return y
+        for layer in fused:
+            y = layer(y)
+        return activate(y, residual, relu=relu)
 
     def capabilities(self) -> frozenset[Capability]:
         """What a tool can do with this norm as it is set up; it refuses the rest by name."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from norm_matters.norms.base import AFFINE_OPTIONS, AffineNorm, Capability
+from norm_matters.norms.base import AFFINE_OPTIONS, AffineNorm, Capability, activate
 from norm_matters.norms.reduce import Reducer, accumulator, channel_count
 from norm_matters.norms.spec import Option
 from norm_matters.norms.spread import spread_of_draws
@@ -96,8 +96,10 @@ class BatchwiseNorm(AffineNorm):
     def statistic_for(self, n: int) -> Statistic:
         """The estimate of sigma for n values per channel."""
 
-    def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise x (N, C, *) by its own statistics.
+    def normalise_batch(
+        self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise x (N, C, *) by its own statistics, add the residual (as x), apply a ReLU.
 
         Returns:
             The output (dtype and layout of x), the mean (C,) and the estimate of sigma squared (C,), both detached.
@@ -114,6 +116,8 @@ class BatchwiseNorm(AffineNorm):
             dtype=self.compute_dtype(x),
             n=n,
             reducer=reducer,
+            residual=residual,
+            relu=relu,
         )
         return y, mean, self.tracked(var, n)
 
@@ -127,11 +131,15 @@ class BatchwiseNorm(AffineNorm):
 
     def normalise(self, x: Tensor) -> Tensor:
         """By the batch in training (and where nothing is tracked), else by the running estimates."""
+        return self.normalise_and_activate(x, None, relu=False)
+
+    def normalise_and_activate(self, x: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+        """See the base class."""
         if self.running_mean is not None and (self.stats_frozen or not self.training):
-            return self._normalise_by_running_stats(x)
+            return activate(self._normalise_by_running_stats(x), residual, relu=relu)
         if channel_count(x) < 2 and not self._shares():
             raise ValueError(f"{self.label()} needs more than one value per channel in training, got {tuple(x.shape)}")
-        y, mean, var = self.normalise_batch(x)
+        y, mean, var = self.normalise_batch(x, residual, relu=relu)
         if self.training and self.running_mean is not None and not recomputing():
             if self.observer is None:
                 self._track(mean, var)

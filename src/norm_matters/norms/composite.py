@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from norm_matters.norms.base import activate
 from norm_matters.norms.batchwise import BATCH_OPTIONS, BatchwiseNorm, recomputing
 from norm_matters.norms.reduce import Reducer, accumulator
 from norm_matters.norms.spec import Option
@@ -81,7 +82,9 @@ class AdjustedNorm(CompositeNorm):
             reducer: over the ranks that share the batch.
         """
 
-    def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def normalise_batch(
+        self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `BatchwiseNorm`."""
         reducer = self.reducer()
         n = reducer.count(x)
@@ -98,7 +101,7 @@ class AdjustedNorm(CompositeNorm):
             bias = torch.zeros_like(mean) if bias is None else bias
             measure, weight, bias = self.adjust(mean, measure, weight, bias, n, reducer)
         y = normalise_measured(x, weight, bias, mean, measure, eps=self.eps, **measured)
-        return y, mean, self.tracked(measure.sigma.square(), n)
+        return activate(y, residual, relu=relu), mean, self.tracked(measure.sigma.square(), n)
 
     def as_found(self, *keys: str) -> tuple[Tensor, ...]:
         """Buffers as this forward pass found them, though activation checkpointing repeats it after they moved.

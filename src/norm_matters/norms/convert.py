@@ -14,6 +14,7 @@ from norm_matters.norms.batchwise import BATCH_OPTIONS, BatchwiseNorm
 from norm_matters.norms.build import create_norm, resolve_spec
 from norm_matters.norms.carry import carry_over, device_and_dtype
 from norm_matters.norms.describe import KINDS, Description, Kind, describe, is_known, kind_of
+from norm_matters.norms.fuse import fuse_activations
 from norm_matters.norms.selection import Patterns, Report, Row, is_selected, refuse_wrapped
 from norm_matters.norms.spec import format_spec
 
@@ -41,7 +42,8 @@ def convert_norm(
     The statistic changes; where it is taken stays, unless `spec` says that too: `l1` makes of a batch norm an `l1`, of
     a LayerNorm a `position:statistic=l1`, of a GroupNorm a `group:statistic=l1` of as many groups; `group:groups=8`
     makes of each a `group:groups=8`. A new norm takes over what it has a use for: the parameter objects themselves,
-    running statistics, eps, momentum, device, dtype, training or evaluation, hooks, a fused activation and drop layer.
+    running statistics, eps, momentum, device, dtype, training or evaluation, hooks, a fused activation and drop layer;
+    and it applies a ReLU that follows it in an `nn.Sequential` (see `fuse_activations`).
     A layer used in several places stays one layer. What `spec` states goes before what the old layer had. On an error
     the model is unchanged.
 
@@ -78,6 +80,7 @@ def convert_norm(
         for old, names in chosen.items():
             _place(model, names, new[old])
         _close_fast_paths(model)
+        fuse_activations(model, only={converted.norm for converted in new.values()})
     rows, left = [], []
     for old, names in selected.items():
         before = old.spec if isinstance(old, Norm) else type(old).__name__

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from norm_matters.norms.base import activate
 from norm_matters.norms.batchwise import BATCH_OPTIONS
 from norm_matters.norms.composite import BASE, CompositeNorm
 from norm_matters.norms.reduce import accumulator, channel_count
@@ -43,7 +44,9 @@ class GhostNorm(CompositeNorm):
     }
     size: int
 
-    def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def normalise_batch(
+        self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `BatchwiseNorm`.
 
         Raises:
@@ -72,4 +75,4 @@ class GhostNorm(CompositeNorm):
             outputs.append(y)
             totals = totals + n * torch.stack([mean, self.tracked(var, n)])
         mean, var = shared.share(totals) / shared.count(x)
-        return torch.cat(outputs), mean, var
+        return activate(torch.cat(outputs), residual, relu=relu), mean, var

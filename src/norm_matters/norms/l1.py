@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from norm_matters.norms.batchwise import ScaleNorm
+from norm_matters.norms.kernels.estimator import Estimator
 from norm_matters.norms.spread import moment_spread
 from norm_matters.norms.statistic import Deviations, Measure, Statistic
 
@@ -16,6 +17,11 @@ class L1Statistic(Statistic):
     """sigma = constant * mean|d|; its derivative is the sign of d, 0 at 0."""
 
     constant: float
+
+    @property
+    def estimator(self) -> Estimator:
+        """See `Statistic`."""
+        return Estimator("l1", self.constant)
 
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`."""

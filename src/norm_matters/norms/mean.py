@@ -7,16 +7,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from norm_matters.norms.base import per_channel
+from norm_matters.norms.base import activate, per_channel
 from norm_matters.norms.batchwise import BATCH_OPTIONS, BatchwiseNorm
+from norm_matters.norms.kernels.estimator import Estimator
 from norm_matters.norms.reduce import channel_count, channel_sum
 from norm_matters.norms.spec import Option
-from norm_matters.norms.statistic import Deviations, Measure, Statistic
+from norm_matters.norms.statistic import Deviations, Measure, Statistic, has_kernel
 
 
 @dataclass(frozen=True)
 class UnitStatistic(Statistic):
     """sigma = 1, whatever the deviations."""
+
+    @property
+    def estimator(self) -> Estimator:
+        """See `Statistic`."""
+        return Estimator("mean")
 
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`."""
@@ -60,11 +66,13 @@ class MeanNorm(BatchwiseNorm):
         """See the base class."""
         return 0.0
 
-    def normalise_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See the base class; on one rank in torch's own operations, which can be differentiated twice."""
-        if not self.reducer().plain:
-            return super().normalise_batch(x)
-        dtype = self.compute_dtype(x)
+    def normalise_batch(
+        self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class; without a kernel in torch's own operations, which can be differentiated twice."""
+        dtype, reducer = self.compute_dtype(x), self.reducer()
+        if not reducer.plain or has_kernel(x, UnitStatistic(), dtype, reducer):
+            return super().normalise_batch(x, residual, relu=relu)
         mean = channel_sum(x) / channel_count(x)
         y = x.to(dtype) - per_channel(mean.to(dtype), x)
         weight, bias = self.affine_in(dtype)
@@ -72,4 +80,4 @@ class MeanNorm(BatchwiseNorm):
             y = y * per_channel(weight, x)
         if bias is not None:
             y = y + per_channel(bias, x)
-        return y.to(x.dtype), mean.detach(), torch.ones_like(mean)
+        return activate(y.to(x.dtype), residual, relu=relu), mean.detach(), torch.ones_like(mean)

@@ -13,3 +13,8 @@ class NoNorm(Norm):
     def normalise(self, x: Tensor) -> Tensor:
         """Return x itself."""
         return x
+
+    def normalise_and_activate(self, x: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+        """See the base class; the input is not overwritten."""
+        y = x if residual is None else x + residual
+        return y.relu() if relu else y

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from norm_matters.norms.base import per_channel
+from norm_matters.norms.base import activate, per_channel
+from norm_matters.norms.kernels.estimator import Estimator
+from norm_matters.norms.kernels.ops import kernel_for, normalise
 from norm_matters.norms.reduce import PLAIN, Reducer, accumulator, channel_sum
 
 
@@ -116,6 +118,11 @@ class Statistic(abc.ABC):
 
     centred: ClassVar[bool] = True
 
+    @property
+    def estimator(self) -> Estimator | None:
+        """What the kernels call it; None where they do not know it."""
+        return None
+
     @abc.abstractmethod
     def measure(self, deviations: Deviations) -> Measure:
         """Measure the deviations."""
@@ -135,8 +142,10 @@ def normalise_by(
     dtype: torch.dtype,
     n: int,
     reducer: Reducer = PLAIN,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise x (N, C, *) per channel by its mean and the statistic's sigma.
+    """Normalise x (N, C, *) per channel by its mean and the statistic's sigma, by a kernel where there is one.
 
     Args:
         x: any layout.
@@ -146,15 +155,26 @@ def normalise_by(
         dtype: of deviations and what the statistic makes of them.
         n: values per channel, `reducer.count(x)`.
         reducer: brings the numbers of a channel together.
+        residual: added to what was normalised; as x.
+        relu: whether a ReLU comes last.
 
     Returns:
         y (dtype and layout of x), mean (C,), sigma squared (C,); the last two carry no gradient.
     """
+    if has_kernel(x, statistic, dtype, reducer):
+        assert statistic.estimator is not None
+        y, stats = normalise(x, weight, bias, residual, statistic.estimator, eps=eps, relu=relu)
+        return y, stats[0], stats[1].square()
     mean, measure = measure_by(x, statistic=statistic, dtype=dtype, n=n, reducer=reducer)
     y = normalise_measured(
         x, weight, bias, mean, measure, eps=eps, statistic=statistic, dtype=dtype, n=n, reducer=reducer
     )
-    return y, mean, measure.sigma.square()
+    return activate(y, residual, relu=relu), mean, measure.sigma.square()
+
+
+def has_kernel(x: Tensor, statistic: Statistic, dtype: torch.dtype, reducer: Reducer) -> bool:
+    """Whether `normalise_by` would use a kernel."""
+    return reducer.plain and dtype == accumulator(x) and kernel_for(x, statistic.estimator)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from norm_matters.norms.base import per_channel
 from norm_matters.norms.batchwise import SCALE_OPTIONS, ScaleNorm
 from norm_matters.norms.constants import extreme_constant, paper_extreme_constant
+from norm_matters.norms.kernels.estimator import Estimator
 from norm_matters.norms.spec import Option
 from norm_matters.norms.spread import extreme_spread
 from norm_matters.norms.statistic import Deviations, Measure, Statistic
@@ -26,6 +27,11 @@ class TopKStatistic(Statistic):
 
     constant: float
     k: int
+
+    @property
+    def estimator(self) -> Estimator:
+        """See `Statistic`."""
+        return Estimator("topk", self.constant, self.k)
 
     def measure(self, deviations: Deviations) -> Measure:
         """See `Statistic`; the extras are the k-th largest |d| and the share of one value that ties with it."""
