@@ -5,13 +5,16 @@ statistic estimates sigma (statistic.py), and says what it can do (`capabilities
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from norm_matters.norms.memory import fetch, is_offered, is_saving, keep, offer
 from norm_matters.norms.reduce import Accumulator, Reducer, number_format
 from norm_matters.norms.spec import Option, canonical_text, complete_options
 
@@ -43,7 +46,38 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 def activate(y: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
     """What follows a norm: add a residual, then a ReLU; y may be overwritten by the latter."""
     y = y if residual is None else y + residual
-    return torch.relu_(y) if relu else y
+    if not relu:
+        return y
+    return _Rectify.apply(y) if is_saving() else torch.relu_(y)  # type: ignore[return-value]
+
+
+class _Rectify(Function):
+    """The ReLU, where the output that it takes its mask from may be left out (memory.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        out = y.relu()
+        # An alias: the output itself would keep its own maker alive. `offer_output` puts less in its place.
+        ctx.held = out.detach()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.ops.aten.threshold_backward(grads[0], fetch(ctx.held), 0)
+
+
+def offer_output(y: Tensor, make: Callable[[], Tensor]) -> None:
+    """Say how to make the output of a norm again; called where `is_saving`.
+
+    Args:
+        y: what `activate` returned.
+        make: gives it again, to the bit.
+    """
+    offer(y, make)
+    maker: Any = y.grad_fn
+    if isinstance(getattr(maker, "held", None), Tensor):
+        maker.held = keep(y.detach())
 
 
 def all_but_channels(x: Tensor) -> tuple[int, ...]:
@@ -126,6 +160,26 @@ class Norm(nn.Module, abc.ABC):
         if x.dim() < 2 or x.shape[self.channel_dim] != self.num_features:
             expected = f"(N, {self.num_features}, ...)" if self.channel_dim == 1 else f"(N, ..., {self.num_features})"
             raise ValueError(f"{self.label()} expects {expected}, got {tuple(x.shape)}")
+        y = self._normalise_and_finish(x, residual, relu=relu)
+        if is_saving() and not is_offered(y) and self._modules.get("drop") is None:
+            self._offer_again(x, residual, y, relu=relu)
+        return y
+
+    def _offer_again(self, x: Tensor, residual: Tensor | None, y: Tensor, *, relu: bool) -> None:
+        """Let the output be made again by another forward pass, where nobody knows a shorter way."""
+        x, held, training = x.detach(), keep(residual), self.training
+
+        def make() -> Tensor:
+            now, self.training = self.training, training
+            try:
+                return self._normalise_and_finish(x, fetch(held), relu=relu)
+            finally:
+                self.training = now
+
+        offer_output(y, make)
+
+    def _normalise_and_finish(self, x: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+        """Normalise, then drop and activation."""
         fused = [layer for layer in map(self._modules.get, FUSED) if layer is not None and not _does_nothing(layer)]
         if not fused:
             return self.normalise_and_activate(x, residual, relu=relu)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from norm_matters.norms.base import AFFINE_OPTIONS, AffineNorm, Capability, activate
+from norm_matters.norms.memory import is_remaking
 from norm_matters.norms.reduce import Reducer, accumulator, channel_count
 from norm_matters.norms.spec import Option
 from norm_matters.norms.spread import spread_of_draws
@@ -242,7 +243,7 @@ class BatchwiseNorm(AffineNorm):
 
 def recomputing() -> bool:
     """Whether this forward pass repeats one that was counted: activation checkpointing runs it in the backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and (is_remaking() or torch._C._current_graph_task_id() != -1)
 
 
 class ScaleNorm(BatchwiseNorm):

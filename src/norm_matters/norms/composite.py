@@ -9,9 +9,10 @@ from torch import Tensor
 
 from norm_matters.norms.base import activate
 from norm_matters.norms.batchwise import BATCH_OPTIONS, BatchwiseNorm, recomputing
+from norm_matters.norms.memory import is_saving
 from norm_matters.norms.reduce import Reducer, accumulator
 from norm_matters.norms.spec import Option
-from norm_matters.norms.statistic import Measure, Statistic, measure_by, normalise_measured
+from norm_matters.norms.statistic import Measure, Statistic, measure_by, normalise_measured, offer_measured
 from norm_matters.norms.which import canonical_statistic, statistic_norm
 
 BASE = Option("text", "l2", shown=True, canonical=canonical_statistic)
@@ -101,7 +102,10 @@ class AdjustedNorm(CompositeNorm):
             bias = torch.zeros_like(mean) if bias is None else bias
             measure, weight, bias = self.adjust(mean, measure, weight, bias, n, reducer)
         y = normalise_measured(x, weight, bias, mean, measure, eps=self.eps, **measured)
-        return activate(y, residual, relu=relu), mean, self.tracked(measure.sigma.square(), n)
+        y = activate(y, residual, relu=relu)
+        if is_saving():
+            offer_measured(y, x, weight, bias, mean, measure.sigma, eps=self.eps, residual=residual, relu=relu)
+        return y, mean, self.tracked(measure.sigma.square(), n)
 
     def as_found(self, *keys: str) -> tuple[Tensor, ...]:
         """Buffers as this forward pass found them, though activation checkpointing repeats it after they moved.

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from norm_matters.norms.batchwise import BATCH_OPTIONS
 from norm_matters.norms.composite import BASE, AdjustedNorm, scale_sigma
+from norm_matters.norms.constants import constant_to_compiler
 from norm_matters.norms.reduce import Reducer
 from norm_matters.norms.spec import Option
 from norm_matters.norms.statistic import Measure
 from norm_matters.norms.which import statistic_norm
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 def missing_spread(base: str, like: str, n: int) -> float:
     """The relative standard deviation of a factor that gives the estimate of `base` the spread of that of `like`.
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from norm_matters.norms.base import activate, per_channel
+from norm_matters.norms.base import activate, offer_output, per_channel
 from norm_matters.norms.kernels.estimator import Estimator
 from norm_matters.norms.kernels.ops import kernel_for, normalise
+from norm_matters.norms.memory import fetch, is_saving, keep
 from norm_matters.norms.reduce import PLAIN, Reducer, accumulator, channel_sum
 
 
@@ -169,7 +170,38 @@ def normalise_by(
     y = normalise_measured(
         x, weight, bias, mean, measure, eps=eps, statistic=statistic, dtype=dtype, n=n, reducer=reducer
     )
-    return activate(y, residual, relu=relu), mean, measure.sigma.square()
+    y = activate(y, residual, relu=relu)
+    if is_saving():
+        offer_measured(y, x, weight, bias, mean, measure.sigma, eps=eps, residual=residual, relu=relu)
+    return y, mean, measure.sigma.square()
+
+
+def offer_measured(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    sigma: Tensor,
+    *,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> None:
+    """Let y be made again from what was measured: nothing is measured twice, drawn twice, or asked of other ranks."""
+    x, weight, bias = (None if tensor is None else tensor.detach() for tensor in (x, weight, bias))  # type: ignore
+    held = keep(residual)
+
+    def make() -> Tensor:
+        return activate(_normalise(x, weight, bias, mean, sigma, eps), fetch(held), relu=relu)
+
+    offer_output(y, make)
+
+
+def _normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, sigma: Tensor, eps: float
+) -> Tensor:
+    return torch.nn.functional.batch_norm(x, mean, sigma.square(), weight, bias, False, 0.0, eps)
 
 
 def has_kernel(x: Tensor, statistic: Statistic, dtype: torch.dtype, reducer: Reducer) -> bool:
@@ -225,7 +257,7 @@ class _Normalise(Function):
         reducer: Reducer,
         *extras: Tensor,
     ) -> Tensor:
-        y = torch.nn.functional.batch_norm(x, mean, sigma.square(), weight, bias, False, 0.0, eps)
+        y = _normalise(x, weight, bias, mean, sigma, eps)
         ctx.save_for_backward(x, weight, mean, sigma, gain, peaks, *extras)
         ctx.eps, ctx.statistic, ctx.dtype, ctx.has_bias = eps, statistic, dtype, bias is not None
         ctx.n, ctx.reducer = n, reducer

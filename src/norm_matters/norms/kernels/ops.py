@@ -16,6 +16,7 @@ from norm_matters.norms.constants import constant_to_compiler
 from norm_matters.norms.kernels import reference
 from norm_matters.norms.kernels.dispatch import Backend, fast_backend, total_backend
 from norm_matters.norms.kernels.estimator import Estimator
+from norm_matters.norms.memory import fetch, is_saving, keep, offer
 
 _SETTINGS = "str kind, float constant, int k, float eps, bool relu"
 torch.library.define(
@@ -34,18 +35,18 @@ def kernel_for(x: Tensor, estimator: Estimator | None) -> bool:
     if estimator is None:
         return False
     if torch.compiler.is_compiling():
-        return _kernel_for_such(x.device.type, x.dtype, x.dim(), x.is_contiguous(), estimator)
+        return _kernel_for_such(x.device.type, x.dtype, x.dim(), x.is_contiguous(), estimator.kind)
     # Transforms of torch.func (vmap, jvp) hand in wrappers that no kernel can read.
     return not is_functorch_wrapped_tensor(x) and fast_backend(x, estimator) is not None
 
 
 @constant_to_compiler
-def _kernel_for_such(device: str, dtype: torch.dtype, dim: int, contiguous: bool, estimator: Estimator) -> bool:
+def _kernel_for_such(device: str, dtype: torch.dtype, dim: int, contiguous: bool, kind: Any) -> bool:
     """`kernel_for` an input of that kind: what a compiler can ask without looking into the backends."""
     x = torch.empty([2] * dim, device=device, dtype=dtype)
     if not contiguous and dim in (4, 5):
         x = x.contiguous(memory_format=torch.channels_last if dim == 4 else torch.channels_last_3d)
-    return fast_backend(x, estimator) is not None
+    return fast_backend(x, Estimator(kind, k=1)) is not None
 
 
 def normalise(
@@ -92,11 +93,34 @@ def _save(
 ) -> None:
     x, weight, bias, residual = inputs
     y, stats = output
+    # Grad mode is off in here, whatever it is outside.
+    if any(ctx.needs_input_grad) and is_saving(recorded=True):
+        _offer_again(inputs, y, stats, estimator, eps=eps, relu=relu)
     masked_by_output = relu and residual is not None
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, stats, y if masked_by_output else None)
     ctx.estimator, ctx.eps, ctx.relu, ctx.has_residual = estimator, eps, relu, residual is not None
+
+
+def _offer_again(
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    y: Tensor,
+    stats: Tensor,
+    estimator: Estimator,
+    *,
+    eps: float,
+    relu: bool,
+) -> None:
+    """Let the output be made again from the input and the statistics. (Before it is kept for its own mask.)"""
+    x, weight, bias, residual = (None if tensor is None else tensor.detach() for tensor in inputs)
+    assert x is not None
+    held = keep(residual)
+    backend = total_backend(x, estimator)
+    if not hasattr(backend, "apply"):  # TODO(lead): until C has it
+        offer(y, lambda: backend.forward(x, weight, bias, fetch(held), estimator, eps=eps, relu=relu)[0])
+        return
+    offer(y, lambda: backend.apply(x, weight, bias, fetch(held), stats, eps=eps, relu=relu))
 
 
 def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
