@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from norm_matters.norms.convert import check_kinds, convert_norm, kinds_to_convert
     from norm_matters.norms.freeze import freeze_norm, unfreeze_norm
     from norm_matters.norms.fuse import fuse_activations, normalise_and_activate
+    from norm_matters.norms.kernels.dispatch import available_backends, set_kernels
+    from norm_matters.norms.memory import saving_memory
     from norm_matters.norms.query import has_spec, is_norm, name_norms, norms_of, spec_of
     from norm_matters.norms.running import RunningStatistics
     from norm_matters.norms.selection import Report
@@ -51,6 +53,7 @@ __all__ = [
     "Report",
     "RunningStatistics",
     "absorb_norm",
+    "available_backends",
     "calibrate_norm",
     "canonical_spec",
     "check_kinds",
@@ -66,6 +69,8 @@ __all__ = [
     "norm_factory",
     "normalise_and_activate",
     "norms_of",
+    "saving_memory",
+    "set_kernels",
     "spec_of",
     "sync_norm",
     "unfreeze_norm",
@@ -81,6 +86,8 @@ __getattr__ = lazy_attributes(
         "convert": ("check_kinds", "convert_norm", "kinds_to_convert"),
         "freeze": ("freeze_norm", "unfreeze_norm"),
         "fuse": ("fuse_activations", "normalise_and_activate"),
+        "kernels.dispatch": ("available_backends", "set_kernels"),
+        "memory": ("saving_memory",),
         "query": ("has_spec", "is_norm", "name_norms", "norms_of", "spec_of"),
         "running": ("RunningStatistics",),
         "selection": ("Report",),

@@ -32,9 +32,16 @@ class RunningStatistics:
         """Accept the statistics as they are."""
         _copy(self._live, self._accepted)
 
-    def rollback(self) -> None:
-        """Return to the statistics that were accepted last."""
-        _copy(self._accepted, self._live)
+    def rollback(self, where: Tensor | None = None) -> None:
+        """Return to the statistics that were accepted last.
+
+        Args:
+            where: flag (no dimension) on their device; where it is false nothing changes.
+        """
+        source = self._accepted
+        if where is not None:
+            source = [torch.where(where, old, new) for old, new in zip(self._accepted, self._live, strict=True)]
+        _copy(source, self._live)
 
     def rejected(self) -> int:
         """How many batches norms of ours have left out because their statistics were not finite."""

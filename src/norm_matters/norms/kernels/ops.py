@@ -117,9 +117,6 @@ def _offer_again(
     assert x is not None
     held = keep(residual)
     backend = total_backend(x, estimator)
-    if not hasattr(backend, "apply"):  # TODO(lead): until C has it
-        offer(y, lambda: backend.forward(x, weight, bias, fetch(held), estimator, eps=eps, relu=relu)[0])
-        return
     offer(y, lambda: backend.apply(x, weight, bias, fetch(held), stats, eps=eps, relu=relu))
 
 
