@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from norm_matters.core.errors import UserError
-from norm_matters.datasets import Dataset, Loader
+from norm_matters.datasets import Dataset, Loader, Workers
 from norm_matters.engine.precision import PRECISIONS, input_dtype
 from norm_matters.inference import LoadedRun, evaluate_run, load_data, load_run
 from norm_matters.norms import CalibrationReport, calibrate_norm
@@ -43,7 +43,7 @@ def calibrate_run(
     data_dir: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
-    workers: int = 0,
+    workers: Workers = "auto",
     batches: int = MOST_BATCHES,
 ) -> Calibration:
     """Calibrate the norms of a run's best checkpoint, or of a checkpoint, and write the result beside it.
@@ -76,7 +76,7 @@ def calibrate_run(
     return Calibration(before, after, report, run.config.data.batch_size, folder)
 
 
-def _training_images(run: LoadedRun, dataset: Dataset, batches: int, workers: int) -> Iterator[Tensor]:
+def _training_images(run: LoadedRun, dataset: Dataset, batches: int, workers: Workers) -> Iterator[Tensor]:
     loader = Loader(
         dataset.train,
         run.preprocessing,

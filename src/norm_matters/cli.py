@@ -125,6 +125,12 @@ def train(
     nonfinite: Annotated[
         str | None, typer.Option(help="what to do with a step that is not finite: stop, skip or rollback")
     ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="train compiled code: a slow first step, then faster")
+    ] = False,
+    save_memory: Annotated[
+        bool, typer.Option("--save-memory", help="make the norms' outputs again instead of keeping them")
+    ] = False,
     output: Annotated[str | None, typer.Option(metavar="DIR", help="where run folders lie; runs by default")] = None,
     name: Annotated[str | None, typer.Option(help="name of the run's folder")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="continue this run")] = None,

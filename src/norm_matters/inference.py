@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from norm_matters.core.config import RunConfig
 from norm_matters.core.errors import UserError
-from norm_matters.datasets import Dataset, Loader, decode_image, load_dataset
+from norm_matters.datasets import Dataset, Loader, Workers, decode_image, load_dataset
 from norm_matters.datasets.folder import ENDINGS
 from norm_matters.engine.device import resolve_device
 from norm_matters.engine.evaluate import evaluate as score
@@ -129,7 +129,7 @@ def evaluate(
     data_dir: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
-    workers: int = 0,
+    workers: Workers = "auto",
 ) -> dict[str, Any]:
     """Score a run's best checkpoint, or a checkpoint, on the images its training reported as `val`.
 
@@ -154,7 +154,7 @@ def load_data(run: LoadedRun, data_dir: str | None = None) -> Dataset:
 
 
 def evaluate_run(
-    run: LoadedRun, dataset: Dataset, *, batch_size: int | None = None, workers: int = 0
+    run: LoadedRun, dataset: Dataset, *, batch_size: int | None = None, workers: Workers = "auto"
 ) -> dict[str, Any]:
     """Score a loaded network; what `evaluate` returns."""
     loader = Loader(

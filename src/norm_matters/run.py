@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from norm_matters.core.allocator import keep_pages
 from norm_matters.core.clock import Clock
 from norm_matters.core.config import (
     OPTION_KEYS,
     RegimeConfig,
     RunConfig,
+    TrainConfig,
     differences,
     dump_config,
     flatten,
@@ -29,7 +31,15 @@ from norm_matters.engine.loop import OnProgress, Progress, training_rows
 from norm_matters.engine.state import TrainingState
 from norm_matters.engine.step import StepOptions
 from norm_matters.models import MODELS, BuiltModel, build_model, check_model
-from norm_matters.norms import canonical_spec, check_kinds, check_spec, norms_of, spec_of
+from norm_matters.norms import (
+    available_backends,
+    canonical_spec,
+    check_kinds,
+    check_spec,
+    norms_of,
+    set_kernels,
+    spec_of,
+)
 from norm_matters.record import (
     RunLog,
     append_event,
@@ -55,7 +65,15 @@ from norm_matters.transforms import Preprocessing
 from norm_matters.weights import canonical_weight_norm, check_weight_norm
 
 # Settings of a recorded run that a resume may change, because no result depends on them.
-FREE_TO_CHANGE = {"data.workers", "data.dir", "data.download", "device", "train.epochs"}
+FREE_TO_CHANGE = {
+    "data.workers",
+    "data.dir",
+    "data.download",
+    "device",
+    "allocator",
+    "train.epochs",
+    "train.save_memory",
+}
 
 
 def check_phases(phases: list[dict[str, Any]]) -> None:
@@ -88,7 +106,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with everything built and nothing written."""
+    """A run with everything built and nothing written; `allocator` says what was set up in malloc, if anything."""
 
     config: RunConfig
     dataset: Dataset
@@ -98,6 +116,7 @@ class Plan:
     state: TrainingState
     train: Loader
     val: Loader
+    allocator: str | None
 
 
 def train(
@@ -194,17 +213,24 @@ def prepare(config: RunConfig, *, restored: bool = False) -> Plan:
     Args:
         restored: a checkpoint will replace the weights, so that pretrained ones are not asked for.
     """
-    torch.use_deterministic_algorithms(config.deterministic)
+    # Asked first, for setting it imports torch's compiler: two seconds.
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:
+        torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = resolve_device(config.device)
+    _check_compilation(config.train, device)
+    allocator = keep_pages() if config.allocator == "keep" and device.type == "cpu" else None
+    set_kernels(config.kernels)
     dataset = load_dataset(config.data)
     config = _complete(config, dataset)
     input_size = dataset.size or config.data.input_size or ENCODED_SIZE
     seed_everything(config.seed)
     initial = config.model.model_copy(update={"pretrained": False}) if restored else config.model
     built = build_model(initial, num_classes=len(dataset.classes), in_channels=dataset.channels, input_size=input_size)
-    preprocessing = dataset.preprocessing(crop=built.crop, input_size=input_size)
+    preprocessing = dataset.preprocessing(
+        crop=built.crop, input_size=input_size, cutout=config.data.cutout, draft=config.data.draft
+    )
     train_loader, val_loader = (
         Loader(
             images,
@@ -221,8 +247,31 @@ def prepare(config: RunConfig, *, restored: bool = False) -> Plan:
     assert config.train.epochs is not None
     regime = build_regime(config.regime, default=built.regime, own=built.phases)
     clock = Clock(0, len(train_loader), config.train.epochs, min(config.data.batch_size, len(dataset.train)))
-    state = TrainingState(built.module, regime, clock, device=device, precision=config.train.precision)
-    return Plan(config, dataset, built, preprocessing, regime, state, train_loader, val_loader)
+    state = TrainingState(
+        built.module,
+        regime,
+        clock,
+        device=device,
+        precision=config.train.precision,
+        compiled=config.train.compile or config.train.cuda_graphs,
+        cuda_graphs=config.train.cuda_graphs,
+    )
+    return Plan(config, dataset, built, preprocessing, regime, state, train_loader, val_loader, allocator)
+
+
+def _check_compilation(train: TrainConfig, device: torch.device) -> None:
+    """Refuse what compiled code cannot do."""
+    problems = []
+    if train.cuda_graphs and device.type != "cuda":
+        problems.append(f"train.cuda_graphs: they need a CUDA device; this run is on {device.type}")
+    if train.cuda_graphs and train.accumulate > 1:
+        problems.append(f"train.cuda_graphs: they take whole batches only; leave train.accumulate={train.accumulate}")
+    if (train.compile or train.cuda_graphs) and train.save_memory:
+        problems.append("train.save_memory: compiled code decides itself what it keeps; leave one of the two")
+    if (train.compile or train.cuda_graphs) and train.instruments == "all":
+        problems.append("train.instruments: 'all' listens to layers, which compiled code has not; take 'default'")
+    if problems:
+        raise UserError(*problems)
 
 
 def _complete(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -256,9 +305,6 @@ def _check_length(plan: Plan, recorded: RunConfig, done: int, extend: bool) -> N
 
 def _execute(plan: Plan, folder: Path, *, best: dict[str, Any] | None, on_progress: OnProgress | None) -> RunResult:
     """Train from where the state stands, recording every epoch; the report is written however it ends."""
-    # The report needs bokeh, and only at the end: importing it here keeps it out of the training process until then.
-    from norm_matters.report import write_report
-
     log = RunLog(folder / "log.txt")
     for warning in plan.regime.unreached(plan.state.clock):
         log.write(f"warning: {warning}")
@@ -273,7 +319,7 @@ def _execute(plan: Plan, folder: Path, *, best: dict[str, Any] | None, on_progre
         with contextlib.suppress(StorageError):
             log.write(f"stopped: {type(error).__name__}: {error}")
             if isinstance(error, KeyboardInterrupt | NumericalError):
-                write_report(folder)
+                _write_report(folder)
         raise
     finally:
         # Not left to the end of the interpreter, where a worker's end can meet anything.
@@ -281,7 +327,14 @@ def _execute(plan: Plan, folder: Path, *, best: dict[str, Any] | None, on_progre
         plan.val.close()
     log.write("done")
     rows = read_table(folder / "results.csv")
-    return RunResult(folder, rows, write_report(folder), rows[-1])
+    return RunResult(folder, rows, _write_report(folder), rows[-1])
+
+
+def _write_report(folder: Path) -> Path:
+    # It needs bokeh and pandas, whose import the first step must not wait for.
+    from norm_matters.report import write_report
+
+    return write_report(folder)
 
 
 def _train_and_record(
@@ -289,7 +342,11 @@ def _train_and_record(
 ) -> None:
     train_config = plan.config.train
     options = StepOptions(
-        train_config.accumulate, train_config.clip_norm, train_config.label_smoothing, train_config.nonfinite
+        train_config.accumulate,
+        train_config.clip_norm,
+        train_config.label_smoothing,
+        train_config.nonfinite,
+        train_config.save_memory,
     )
     level = train_config.instruments
     instruments = None if level == "none" else Instruments(plan.state, level=level)
@@ -341,6 +398,8 @@ def _provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         list(command),
         device=str(plan.state.device),
         seed=plan.config.seed,
+        allocator=plan.allocator,
+        kernels=[backend.name for backend in available_backends() if backend.reason is None],
         model={
             "parameters": parameters,
             "norms": {spec: specs.count(spec) for spec in dict.fromkeys(specs)},
@@ -355,6 +414,7 @@ def _provenance(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
             "val": plan.dataset.val_name,
             "classes": list(plan.dataset.classes),
             "preprocessing": plan.preprocessing.to_json(),
+            "workers": plan.train.workers,
             "fingerprint": plan.dataset.fingerprint,
         },
     )
@@ -365,10 +425,12 @@ def _headline(plan: Plan) -> str:
     norm = " ".join(filter(None, (model.norm or "its own norms", plan.built.conversion)))
     if model.weight_norm:
         norm += f" and {model.weight_norm} weights"
+    compiled = ", compiled (its first step takes long)" if plan.state.forward is not plan.state.module else ""
     return (
         f"{_short(model.name)} with {norm} on {plan.config.data.name}, {len(plan.dataset.train)} training and "
         f"{len(plan.dataset.val)} {plan.dataset.val_name} images, epochs: {clock.epochs}, "
         f"steps per epoch: {clock.steps_per_epoch}, {plan.config.train.precision} on {device_name(plan.state.device)}"
+        f"{compiled}"
     )
 
 

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from norm_matters.bench.photos import make_photo
 from norm_matters.core.errors import UserError
 from norm_matters.datasets import decode_image
-from norm_matters.datasets.images import UPRIGHT, EncodedImages
+from norm_matters.datasets.images import UPRIGHT, EncodedImages, decode_reduced
+from norm_matters.transforms.image import training_pixels
+from norm_matters.transforms.preprocessing import Preprocessing
 
 RNG = np.random.default_rng(0)
 NOISE = Image.fromarray(RNG.integers(0, 256, (12, 16, 3), dtype=np.uint8))
@@ -189,3 +192,67 @@ def test_digest_of_bytes_follows_their_contents():
 
     assert digest(b"ab", b"c") == digest(b"ab", b"c")
     assert len({digest(b"ab", b"c"), digest(b"ab", b"d"), digest(b"a", b"bc")}) == 3
+
+
+@pytest.mark.parametrize("size", [(640, 480), (641, 479), (97, 203)])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_a_reduced_jpeg_is_close_to_the_mean_over_what_it_leaves_out(size, factor):
+    photo = make_photo(*size, seed=3)
+    image, full = decode_reduced(encode(photo, "JPEG", quality=90), 3, lambda width, height: factor)
+    assert full == size
+    assert image.size == tuple(-(-side // factor) for side in size)
+    # The last row and column stand for fewer pixels.
+    width, height = size[0] // factor, size[1] // factor
+    whole = np.asarray(decode_image(encode(photo, "JPEG", quality=90), 3)).astype(float)
+    means = whole[: height * factor, : width * factor].reshape(height, factor, width, factor, 3).mean((1, 3))
+    difference = np.abs(np.asarray(image).astype(float)[:height, :width] - means)
+    assert difference.mean() < 2.5
+    # The measure would tell a picture that is moved by a pixel.
+    assert np.abs(np.roll(means, 1, axis=1) - means).mean() > 3 * difference.mean()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_jpeg_is_upright_and_the_size_asked_about_too(orientation):
+    photo = make_photo(160, 96, seed=1)
+    inverse = {6: UPRIGHT[8], 8: UPRIGHT[6]}.get(orientation, UPRIGHT.get(orientation))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = photo.transpose(inverse) if inverse is not None else photo
+    asked = []
+    data = encode(stored, "JPEG", quality=95, exif=exif.tobytes())
+    image, full = decode_reduced(data, 3, lambda width, height: asked.append((width, height)) or 4)
+    assert asked == [(160, 96)]
+    assert (full, image.size) == ((160, 96), (40, 24))
+    small = np.asarray(photo.reduce(4)).astype(float)
+    assert np.abs(np.asarray(image) - small).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "GIF"])
+def test_other_formats_are_not_reduced(kind):
+    image, full = decode_reduced(encode(NOISE, kind), 3, lambda width, height: 4)
+    assert image.size == full == NOISE.size
+
+
+def test_a_gray_jpeg_is_reduced_too():
+    image, _ = decode_reduced(encode(make_photo(64, 48, seed=0).convert("L"), "JPEG"), 1, lambda width, height: 2)
+    assert (image.mode, image.size) == ("L", (32, 24))
+
+
+@settings(deadline=None, max_examples=12)
+@given(seed=st.integers(0, 10**6))
+def test_training_on_a_drafted_photo_shows_nearly_the_same(seed):
+    data = encode(make_photo(800, 600, seed=seed % 5), "JPEG", quality=90)
+    plan = Preprocessing(3, 64, (0.5,) * 3, (0.2,) * 3, "inception", 0, True, 73)
+
+    def crop(reduce: bool) -> np.ndarray:
+        def read(reduction):
+            return decode_reduced(data, 3, reduction if reduce else lambda width, height: 1)
+
+        return training_pixels(read, plan, seed=seed, epoch=0, index=0).numpy().astype(float)
+
+    whole, drafted = crop(False), crop(True)
+    # In levels of 255; the part is moved by up to half a pixel of the reduced image, and may be stretched by one.
+    assert np.abs(whole - drafted).mean() < 12
+    assert abs((whole - drafted).mean()) < 1
+    assert np.corrcoef(whole.ravel(), drafted.ravel())[0, 1] > 0.96
+    assert np.array_equal(drafted, crop(True))

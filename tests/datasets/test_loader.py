@@ -1,9 +1,12 @@
+import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import final
 
 import numpy as np
 import pytest
@@ -11,11 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
+from norm_matters.bench.photos import make_photo
 from norm_matters.core.errors import UserError
 from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import EncodedImages, Loader, ResidentImages
+from norm_matters.datasets.images import Images
+from norm_matters.datasets.loader import has_room
+from norm_matters.datasets.reading import count_workers
 from norm_matters.transforms.batch import normalise
 from norm_matters.transforms.image import to_pixels
 from norm_matters.transforms.preprocessing import Preprocessing
@@ -142,9 +150,11 @@ def test_global_streams_are_left_alone(tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_leaving_an_epoch_early_disturbs_no_later_one(workers):
-    loader = Loader(resident(), PLAN, batch_size=5, train=True, seed=0, workers=workers)
-    expected = list(Loader(resident(), PLAN, batch_size=5, train=True, seed=0).epoch(1))
+@pytest.mark.parametrize("transform", [None, own_transform])
+def test_leaving_an_epoch_early_disturbs_no_later_one(workers, transform):
+    options = {"batch_size": 5, "train": True, "seed": 0, "transform": transform}
+    loader = Loader(resident(), PLAN, workers=workers, **options)
+    expected = list(Loader(resident(), PLAN, **options).epoch(1))
     epoch = loader.epoch(0)
     next(epoch), next(epoch)
     epoch.close()
@@ -192,36 +202,173 @@ def test_a_transform_that_gives_different_shapes_is_refused(tmp_path):
 
 
 def worker_pids(loader: Loader) -> list[int]:
-    iterator = loader._reader._iterator
-    assert iterator is not None
-    return [worker.pid for worker in iterator._workers]  # type: ignore[attr-defined]
+    assert loader._reading is not None
+    return [worker.pid for worker in loader._reading._processes()]
 
 
 def test_ctrl_c_leaves_workers_alone(monkeypatch):
-    monkeypatch.setattr("norm_matters.datasets.loader.WORKER_TIMEOUT", 20)
-    images = resident(400)
-    loader = Loader(images, PLAN, batch_size=5, train=True, seed=0, workers=2)
+    monkeypatch.setattr("norm_matters.datasets.reading.WORKER_TIMEOUT", 20)
+    options = {"batch_size": 5, "train": True, "seed": 0, "transform": own_transform}
+    loader = Loader(resident(200), PLAN, workers=2, **options)
     batches = loader.epoch(0)
     got = [next(batches)]
-    for pid in worker_pids(loader):
+    pids = worker_pids(loader)
+    assert len(pids) == 2
+    for pid in pids:
         os.kill(pid, signal.SIGINT)
     got += batches
-    assert same(got, Loader(images, PLAN, batch_size=5, train=True, seed=0).epoch(0))
+    assert worker_pids(loader) == pids
+    assert same(got, Loader(resident(200), PLAN, **options).epoch(0))
+    loader.close()
 
 
-@pytest.mark.parametrize(("kind", "words"), [("SIGKILL", "exited unexpectedly|killed"), ("SIGSTOP", "timed out")])
+@pytest.mark.parametrize(("kind", "words"), [("SIGKILL", "was killed by SIGKILL"), ("SIGSTOP", "timed out")])
 def test_a_worker_that_dies_or_hangs_is_a_clear_error(monkeypatch, kind, words):
-    monkeypatch.setattr("norm_matters.datasets.loader.WORKER_TIMEOUT", 2)
+    monkeypatch.setattr("norm_matters.datasets.reading.WORKER_TIMEOUT", 2)
     loader = Loader(resident(400), PLAN, batch_size=5, train=True, seed=0, workers=2, transform=slow_transform)
     batches = loader.epoch(0)
     next(batches)
     pids = worker_pids(loader)
     threading.Timer(0.2, os.kill, (pids[0], getattr(signal, kind))).start()
-    with pytest.raises(UserError, match=rf"data\.workers: 2: DataLoader .*({words}).*; try fewer") as caught:
+    with pytest.raises(UserError, match=rf"data\.workers: 2: worker 0 \(process {pids[0]}\) {words}") as caught:
         list(batches)
     assert "\n" not in str(caught.value)
     # Nothing is left that could keep the process from ending.
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@final
+class Trouble(Images):
+    """Images of which one never comes, or takes the process that reads it with it."""
+
+    def __init__(self, bad: int, what: str) -> None:
+        self.labels = np.zeros(24, dtype=np.int64)
+        self.bad, self.what = bad, what
+
+    def image(self, index: int) -> Image.Image:
+        if index == self.bad and multiprocessing.parent_process() is not None:
+            if self.what == "exit":
+                os._exit(3)
+            time.sleep(60)
+        return Image.new("RGB", (8, 8))
+
+    def name(self, index: int) -> str:
+        return f"album, image {index}"
+
+    def subset(self, indices: np.ndarray) -> Images:
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("bad", [1, 9, 17])
+@pytest.mark.parametrize(("what", "words"), [("exit", "exited with status 3"), ("hang", "timed out: no batch for 1 s")])
+def test_the_worker_and_the_image_are_named(monkeypatch, what, words, bad):
+    monkeypatch.setattr("norm_matters.datasets.reading.WORKER_TIMEOUT", 1)
+    loader = Loader(Trouble(bad, what), PLAN, batch_size=4, train=False, seed=0, workers=2)
+    # Batches of four are dealt out in turns.
+    words = rf"data\.workers: 2: worker {bad // 4 % 2} \(process \d+\) {words}.* album, image {bad}(;|$)"
+    before, handlers = signal.getsignal(signal.SIGCHLD), []
+
+    def read_all() -> None:
+        for _ in loader.epoch(0):
+            # A death while nobody waits for a batch must not be thrown into the middle of somebody's step.
+            handlers.append(signal.getsignal(signal.SIGCHLD))
+            time.sleep(0.1)
+
+    with pytest.raises(UserError, match=words) as caught:
+        read_all()
+    assert "\n" not in str(caught.value)
+    assert len(handlers) <= bad // 4
+    assert set(handlers) <= {before}
+    # Nothing is left of the workers.
+    assert worker_pids(loader) == []
+
+
+def test_a_worker_that_dies_outside_an_image_is_named_alone(monkeypatch):
+    loader = Loader(Trouble(-1, ""), PLAN, batch_size=4, train=False, seed=0, workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    time.sleep(0.5)
+    os.kill(worker_pids(loader)[0], signal.SIGKILL)
+    time.sleep(0.2)
+    with pytest.raises(UserError, match=r"worker 0 \(process \d+\) was killed by SIGKILL while it was busy; try"):
+        list(batches)
+
+
+def test_workers_live_from_epoch_to_epoch_and_end_on_demand():
+    loader = Loader(resident(20), PLAN, batch_size=5, train=True, seed=0, workers=2, transform=own_transform)
+    list(loader.epoch(0))
+    pids = worker_pids(loader)
+    list(loader.epoch(1))
+    assert worker_pids(loader) == pids
+    loader.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_workers_are_chosen_from_the_cores(monkeypatch, tmp_path):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [count_workers(cpu, cores) for cores in (1, 2, 4, 8, 200)] == [0, 1, 1, 2, 16]
+    assert [count_workers(cuda, cores) for cores in (1, 2, 4, 8, 200)] == [0, 1, 3, 7, 16]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    options = {"batch_size": 5, "train": True, "seed": 0, "workers": "auto"}
+    assert Loader(encoded(tmp_path), PLAN, **options).workers == 3
+    assert Loader(resident(), PLAN, transform=own_transform, **options).workers == 3
+    # Images held in memory need none, whatever is said.
+    assert Loader(resident(), PLAN, **options).workers == 0
+    assert Loader(resident(), PLAN, **options | {"workers": 2}).workers == 0
+
+
+def test_images_in_memory_are_not_copied_on_the_cpu():
+    images = resident()
+    loader = Loader(images, PLAN, batch_size=5, train=True, seed=0)
+    list(loader.epoch(0))
+    assert loader._pixels is not None
+    assert loader._pixels.data_ptr() == images.pixels.data_ptr()
+
+
+def test_images_that_do_not_fit_on_the_device_are_picked_in_memory(monkeypatch):
+    expected = list(Loader(resident(), PLAN, batch_size=5, train=True, seed=0).epoch(0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10_000))
+    cuda = torch.device("cuda")
+    assert [has_room(cuda, needed) for needed in (250, 251)] == [True, False]
+    assert has_room(torch.device("cpu"), 10**15)
+
+    loader = Loader(resident(), PLAN, batch_size=5, train=True, seed=0, device="meta")
+    monkeypatch.setattr(f"{Loader.__module__}.has_room", lambda device, needed: False)
+    # On a device without values, only where things lie and how they look can be asked.
+    for batch, other in zip(loader.epoch(0), expected, strict=True):
+        assert (batch.images.device.type, batch.images.shape) == ("meta", other.images.shape)
+        assert np.array_equal(batch.indices, other.indices)
+    assert loader._pixels is not None
+    assert loader._pixels.device.type == "cpu"
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_everything_ends_on_the_device(monkeypatch, tmp_path, room):
+    monkeypatch.setattr(f"{Loader.__module__}.has_room", lambda device, needed: room)
+    plan = replace(PLAN, cutout=3)
+    for images in (resident(), encoded(tmp_path)):
+        loader = Loader(images, plan, batch_size=5, train=True, seed=0, device="meta")
+        batch = next(loader.epoch(0))
+        assert (batch.images.device.type, batch.labels.device.type) == ("meta", "meta")
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_large_jpegs_are_drafted_in_training_only(tmp_path, monkeypatch):
+    make_photo(640, 480, seed=0).save(tmp_path / "a.jpg", quality=90)
+    images = EncodedImages(["a.jpg"], np.array([0]), root=tmp_path)
+    sizes = []
+    monkeypatch.setattr(JpegImageFile, "load_end", lambda self: sizes.append(self.size), raising=False)
+    plan = Preprocessing(3, 32, (0.5,) * 3, (0.2,) * 3, "inception", 0, True, 37, draft=True)
+    for train, draft in ((True, True), (True, False), (False, True)):
+        loader = Loader(images, replace(plan, draft=draft), batch_size=1, train=train, seed=0)
+        (first,), (again,) = list(loader.epoch(0)), list(loader.epoch(0))
+        assert torch.equal(first.images, again.images)
+    full = (640, 480)
+    assert sizes[0] == sizes[1] != full
+    assert sizes[2:] == [full] * 4
 
 
 def test_more_workers_than_cores_is_no_warning(monkeypatch):

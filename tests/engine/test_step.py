@@ -16,6 +16,7 @@ from norm_matters.engine.step import StepOptions, train_step
 from norm_matters.norms import create_norm, is_norm
 from norm_matters.regimes import build_regime
 
+GOOD, BAD = torch.tensor(True), torch.tensor(False)
 PHASES = [{"epoch": 0, "optimizer": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}]
 
 
@@ -85,15 +86,18 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(precision: str) -> None
 def test_the_scale_grows_after_many_good_steps_and_gives_up_at_the_smallest() -> None:
     scale = LossScale(8.0)
     for _ in range(LossScale.GROWTH_INTERVAL - 1):
-        scale.update(True)
+        scale.update(GOOD)
     assert scale.scale == 8.0
-    scale.update(True)
+    scale.update(GOOD)
     assert scale.scale == 16.0
     saved = scale.state()
     while scale.scale > LossScale.SMALLEST:
-        scale.update(False)
+        scale.check()
+        scale.update(BAD)
+    scale.check()
+    scale.update(BAD)
     with pytest.raises(NumericalError, match="not finite"):
-        scale.update(False)
+        scale.check()
     scale.load(saved)
     assert (scale.scale, scale.good_steps) == (16.0, 0)
 

@@ -9,6 +9,7 @@ import torch
 
 from norm_matters.norms import create_norm
 from norm_matters.norms.constants import (
+    constant_to_compiler,
     extreme_constant,
     moment_constant,
     paper_extreme_constant,
@@ -153,3 +154,15 @@ def test_spread_at_the_papers_batch():
     for spec in ("linf", "topk:k=3", "range", "lp:p=1.5"):
         norm = statistic_norm(spec)
         assert norm.spread(1024) == pytest.approx(spread_of_draws(norm.statistic_for(1024), 1024), rel=0.03), spec
+
+
+def test_a_compiler_takes_them_for_constants_as_torch_would_mark_them() -> None:
+    def ours() -> float:
+        return 1.0
+
+    def torchs() -> float:
+        return 1.0
+
+    torch.compiler.assume_constant_result(torchs)
+    assert vars(constant_to_compiler(ours)) == vars(torchs)
+    assert vars(moment_constant).items() >= vars(torchs).items()

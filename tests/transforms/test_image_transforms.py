@@ -3,14 +3,21 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from norm_matters.bench.photos import make_photo
 from norm_matters.core.seeding import seed_everything
 from norm_matters.transforms.image import (
+    _in_reduced,
+    _random_box,
     apply_own,
     centre_crop,
     evaluation_pixels,
     inception_crop,
+    inception_reduction,
+    reduction,
     seeded,
     to_pixels,
     training_pixels,
@@ -27,8 +34,8 @@ def gradient(width: int, height: int) -> Image.Image:
 def boxes(width: int, height: int, count: int) -> np.ndarray:
     """(left, right, top, bottom) of crops as shares of the image, read off the colours."""
     image = gradient(width, height)
-    crops = [np.asarray(inception_crop(image, 16, seed=0, epoch=0, index=i)).astype(float) / 255 for i in range(count)]
-    return np.array([(c[..., 0].min(), c[..., 0].max(), c[..., 1].min(), c[..., 1].max()) for c in crops])
+    crops = [inception_crop(image, 16, seed=0, epoch=0, index=i).double() / 255 for i in range(count)]
+    return np.array([(c[0].min(), c[0].max(), c[1].min(), c[1].max()) for c in crops])
 
 
 def test_inception_crop_covers_areas_and_ratios():
@@ -48,16 +55,17 @@ def test_inception_crop_covers_areas_and_ratios():
 
 def test_inception_crop_depends_on_seed_epoch_and_index():
     image = gradient(50, 40)
-    crop = {key: inception_crop(image, 8, **dict(zip(("seed", "epoch", "index"), key, strict=True))).tobytes()
+    crop = {key: inception_crop(image, 8, **dict(zip(("seed", "epoch", "index"), key, strict=True))).numpy().tobytes()
             for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}  # fmt: skip
     assert len(set(crop.values())) == 4
-    assert inception_crop(image, 8, seed=0, epoch=0, index=0).tobytes() == crop[0, 0, 0]
+    assert inception_crop(image, 8, seed=0, epoch=0, index=0).numpy().tobytes() == crop[0, 0, 0]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2)])
 def test_crops_of_extreme_images_have_the_size_asked_for(size):
     image = Image.new("RGB", size, "red")
-    assert inception_crop(image, 16, seed=0, epoch=0, index=0).size == (16, 16)
+    assert inception_crop(image, 16, seed=0, epoch=0, index=0).shape == (3, 16, 16)
+    assert inception_crop(image.convert("L"), 16, seed=0, epoch=0, index=0).shape == (1, 16, 16)
     assert centre_crop(image, 16, 18).size == (16, 16)
     assert np.asarray(centre_crop(image, 16, 18)).min(axis=(0, 1)).tolist() == [255, 0, 0]
 
@@ -93,9 +101,53 @@ def test_training_crops_at_random_only_where_asked():
     plan = Preprocessing(3, 16, (0.5,) * 3, (0.2,) * 3, "inception", 0, True, 18)
     centre = evaluation_pixels(image, plan)
     assert centre.shape == (3, 16, 16)
-    assert not torch.equal(training_pixels(image, plan, seed=0, epoch=0, index=0), centre)
+
+    def read(reduction):
+        return image, image.size
+
+    crop = training_pixels(read, plan, seed=0, epoch=0, index=0)
+    assert torch.equal(crop, inception_crop(image, 16, seed=0, epoch=0, index=0))
+    assert not torch.equal(crop, centre)
     plan = Preprocessing.from_json({**plan.to_json(), "crop": "pad", "pad": 2})
-    assert torch.equal(training_pixels(image, plan, seed=0, epoch=0, index=0), centre)
+    assert torch.equal(training_pixels(read, plan, seed=0, epoch=0, index=0), centre)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_inception_crop_is_pillows_up_to_rounding(mode):
+    image = make_photo(250, 190, seed=1).convert(mode)
+    for index in range(20):
+        box = _random_box(image.size, seed=0, epoch=0, index=index)
+        theirs = np.asarray(image.crop(box).resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
+        ours = inception_crop(image, 64, seed=0, epoch=0, index=index).permute(1, 2, 0).squeeze(-1).numpy()
+        assert np.abs(ours - theirs).max() <= 3
+        assert np.abs(ours - theirs).mean() < 0.1
+
+
+@given(side=st.integers(1, 5000), needed=st.integers(8, 400))
+def test_a_reduction_leaves_what_is_needed(side, needed):
+    factor = reduction(side, needed)
+    assert factor in (1, 2, 4, 8)
+    assert factor == 1 or side / factor >= needed
+    assert factor == 8 or side / (2 * factor) < needed
+
+
+@settings(deadline=None)
+@given(
+    width=st.integers(8, 900), height=st.integers(8, 900), index=st.integers(0, 10**6), size=st.sampled_from([8, 32])
+)
+def test_a_part_of_a_reduced_image_has_the_pixels_needed_and_lies_inside(width, height, index, size):
+    factor = inception_reduction(width, height, size, seed=0, epoch=0, index=index)
+    box = _random_box((width, height), seed=0, epoch=0, index=index)
+    reduced = -(-width // factor), -(-height // factor)
+    left, top, right, bottom = _in_reduced(box, (width, height), reduced)
+    assert 0 <= left < right <= reduced[0]
+    assert 0 <= top < bottom <= reduced[1]
+    if factor > 1:
+        assert min(right - left, bottom - top) >= size
+    for place, full in zip((left, top, right, bottom), box, strict=True):
+        # The last pixel of a reduced image may stand for a single one.
+        assert abs(place * factor - full) <= 2 * factor
+    assert factor > 1 or (left, top, right, bottom) == box
 
 
 def draws() -> tuple[float, float, float]:

@@ -20,16 +20,20 @@ def test_json_with_other_keys_is_refused():
     value = PLAIN.to_json()
     with pytest.raises(UserError, match="extra"):
         Preprocessing.from_json({**value, "extra": 1})
+    # Written before there were these.
+    assert Preprocessing.from_json({key: value[key] for key in value if key not in ("cutout", "draft")}) == PLAIN
     del value["mean"]
     with pytest.raises(UserError, match="mean"):
         Preprocessing.from_json(value)
 
 
 @pytest.mark.parametrize(
-    "change", [{"mean": (0.5,)}, {"channels": 1}, {"crop": "random"}, {"resize": 16}], ids=lambda c: next(iter(c))
+    "change",
+    [{"mean": (0.5,)}, {"channels": 1}, {"crop": "random"}, {"resize": 16}, {"cutout": 33}, {"cutout": -1}],
+    ids=lambda c: next(iter(c)),
 )
 def test_contradictions_are_refused(change):
-    with pytest.raises(ValueError, match=r"channels|crop|resize"):
+    with pytest.raises(ValueError, match=r"channels|crop|resize|cutout"):
         Preprocessing.from_json({**PLAIN.to_json(), **change})
 
 

@@ -23,6 +23,8 @@ OPTION_KEYS: dict[str, str] = {
     "epochs": "train.epochs",
     "precision": "train.precision",
     "nonfinite": "train.nonfinite",
+    "compile": "train.compile",
+    "save_memory": "train.save_memory",
     "seed": "seed",
     "device": "device",
     "output": "output",
@@ -87,8 +89,12 @@ class DataConfig(_Section):
     download: bool = Field(default=False, description="true or false")
     input_size: int | None = Field(default=None, ge=8, le=4096, description="a whole number from 8 to 4096")
     holdout: float | None = Field(default=None, gt=0, lt=1, description="a number between 0 and 1")
-    workers: int = Field(default=0, ge=0, description="a whole number from 0")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="auto or a whole number from 0"
+    )
     batch_size: int = Field(default=128, ge=1, description="a whole number from 1")
+    cutout: int = Field(default=0, ge=0, description="a whole number from 0")
+    draft: bool = Field(default=True, description="true or false")
 
 
 class RegimeConfig(_Section):
@@ -122,6 +128,9 @@ class TrainConfig(_Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="a number from 0, below 1")
     nonfinite: Literal["stop", "skip", "rollback"] = Field(default="stop", description="stop, skip or rollback")
     instruments: Literal["none", "default", "all"] = Field(default="default", description="none, default or all")
+    compile: bool = Field(default=False, description="true or false")
+    cuda_graphs: bool = Field(default=False, description="true or false")
+    save_memory: bool = Field(default=False, description="true or false")
 
 
 class RunConfig(_Section):
@@ -136,6 +145,9 @@ class RunConfig(_Section):
         default="auto", description="auto, cpu, cuda, cuda:N or mps"
     )
     deterministic: bool = Field(default=False, description="true or false")
+    # On a CPU, whether malloc keeps the pages of what a step frees (see core.allocator).
+    allocator: Literal["keep", "default"] = Field(default="keep", description="keep or default")
+    kernels: Literal["auto", "reference"] = Field(default="auto", description="auto or reference")
     output: _Text = Field(default="runs", description="a folder")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = Field(
         default=None, description="a folder name of at most 128 letters, digits, '.', '_' and '-'"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from norm_matters.datasets.entry import Dataset, DatasetEntry, load_dataset
     from norm_matters.datasets.images import EncodedImages, ResidentImages, decode_image
     from norm_matters.datasets.loader import Batch, Loader
+    from norm_matters.datasets.reading import Workers
 
 __all__ = [
     "DATASETS",
@@ -23,6 +24,7 @@ __all__ = [
     "EncodedImages",
     "Loader",
     "ResidentImages",
+    "Workers",
     "check_dataset",
     "decode_image",
     "load_dataset",
@@ -55,6 +57,7 @@ __getattr__ = lazy_attributes(
         "entry": ("Dataset", "DatasetEntry", "load_dataset"),
         "images": ("EncodedImages", "ResidentImages", "decode_image"),
         "loader": ("Batch", "Loader"),
+        "reading": ("Workers",),
     },
 )
 

@@ -41,7 +41,7 @@ def read_cifar(data: "DataConfig", argument: str, *, title: str) -> Source:
                 part = reader(str(base), train=train)
         except RuntimeError as error:
             raise UserError(f"{base / reader.base_folder} is damaged: a checksum is not the known one") from error
-        pixels = torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)))
+        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2)
         parts[train] = ResidentImages(pixels, np.array(part.targets), title=f"{title} {'train' if train else 'test'}")
     return Source(train=parts[True], val=parts[False], classes=tuple(part.classes), pad=4, epochs=160)
 

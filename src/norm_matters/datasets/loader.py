@@ -1,35 +1,28 @@
 """Batches for the network, the same whatever the number of workers.
 
-The order of an epoch is a function of (seed, epoch), what happens to an image one of (seed, epoch, index). Nothing
-here draws from the global random streams, so evaluating, or reading ahead, changes nothing.
+The order of an epoch is a function of (seed, epoch), what happens to an image one of (seed, epoch, index), so a batch
+is one of (seed, epoch, indices). Nothing here draws from the global random streams, so evaluating, or reading ahead,
+changes nothing.
+
+Small images lie on the device as bytes, and a batch is picked and transformed there; see `datasets.reading` for those
+that have to be decoded.
 """
 
-import signal
-import threading
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as MapDataset
 
-from norm_matters.core.errors import UserError
 from norm_matters.core.seeding import generator
 from norm_matters.datasets.images import Images, ResidentImages
-from norm_matters.transforms.batch import augment, normalise
-from norm_matters.transforms.image import apply_own, evaluation_pixels, training_pixels
+from norm_matters.datasets.reading import Reading, Transform, Workers, count_workers
+from norm_matters.transforms.batch import BatchPlan, network_input, plan_batches
 from norm_matters.transforms.preprocessing import Preprocessing
 
-# Seconds without a batch after which workers count as stuck: without a limit, one stopped worker hangs a run for ever.
-WORKER_TIMEOUT = 300
-
-Transform = Callable[[Image.Image], Tensor]
+# Images held in memory move to an accelerator when they take no more than this share of what it has free.
+DEVICE_SHARE = 1 / 4
 
 
 class Batch(NamedTuple):
@@ -58,10 +51,14 @@ class Loader:
         batch_size: images per batch.
         train: shuffle, augment and drop the incomplete batch.
         seed: of order and augmentation.
-        workers: processes that read ahead; 0 reads in this one. Results do not depend on it.
+        workers: processes that read ahead; 0 reads in this one, "auto" chooses (see `count_workers`). Results do not
+            depend on it. Images held in memory need none, and get none, unless a transform of the user's takes them.
         device: where batches end up.
         transform: a user's own, PIL to tensor (C, H, W); replaces ours altogether.
         memory_format: of the images.
+
+    Attributes:
+        workers: how many there are.
     """
 
     def __init__(
@@ -72,7 +69,7 @@ class Loader:
         batch_size: int,
         train: bool,
         seed: int,
-        workers: int = 0,
+        workers: Workers = 0,
         device: str | torch.device = "cpu",
         transform: Transform | None = None,
         memory_format: torch.memory_format = torch.channels_last,
@@ -82,12 +79,18 @@ class Loader:
         self.batch_size = batch_size
         self.train = train
         self.seed = seed
-        self.workers = workers
         self.device = torch.device(device)
         self.transform = transform
         self.memory_format = memory_format
-        self._work: list[_Item] = []
-        self._reader = self._make_reader()
+        self._labels: Tensor | None = None
+        self._pixels: Tensor | None = None
+        self._reading: Reading | None = None
+        self.workers = 0
+        if transform is not None or not isinstance(images, ResidentImages):
+            self.workers = count_workers(self.device) if workers == "auto" else workers
+            self._reading = Reading(
+                images, preprocessing, train=train, seed=seed, workers=self.workers, transform=transform
+            )
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -105,147 +108,50 @@ class Loader:
         """The batches of an epoch from batch `start` on.
 
         Raises:
-            UserError: naming the image, where one cannot be read; where a worker died or got stuck.
+            UserError: naming the image, where one cannot be read; and the worker, where one died or got stuck.
         """
         order = self.order(epoch)
         chunks = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
-        self._work[:] = [(epoch, chunk) for chunk in chunks]
+        augmented = self.preprocessing if self.train and self.transform is None else None
+        plans = plan_batches(chunks, augmented, seed=self.seed, epoch=epoch, device=self.device)
+        if self._labels is None:
+            self._labels = torch.tensor(self.images.labels).to(self.device)
+        read = self._reading.batches(epoch, chunks) if self._reading else None
+        source = map(self._pick, plans, chunks) if read is None else map(self._sent, read)
         try:
-            results = self._start()
-            for chunk in chunks:
-                yield self._finish(next(results), epoch, chunk)
-        except BaseException as error:
-            self.close()
-            # torch's words for a worker that was killed, and for one that hangs.
-            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
-                reason = str(error).splitlines()[0]
-                raise UserError(f"data.workers: {self.workers}: {reason}; try fewer workers") from error
-            raise
-
-    def _start(self) -> Iterator[Any]:
-        # Ctrl-C reaches every process of the run, and only the main one answers it. Workers inherit the blocked
-        # signal, so they ignore it from their first moment on; here it is delivered when they have been started.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return iter(self._reader)
+            for chunk, plan, pixels in zip(chunks, plans, source, strict=True):
+                yield Batch(self._finish(pixels, plan), self._labels.index_select(0, plan.indices), chunk)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if read is not None:
+                read.close()
 
     def close(self) -> None:
-        """End the workers, if there are any; the next epoch starts new ones.
+        """End the workers, if there are any; the next epoch starts new ones."""
+        if self._reading:
+            self._reading.close()
 
-        After an error above all: a worker that is stopped would keep this process from ever ending.
-        """
-        iterator: Any = self._reader._iterator
-        if iterator is None:
-            return
-        # torch answers each worker's end with an exception out of nowhere as long as it counts as running.
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
-        for worker in iterator._workers:
-            worker.kill()
-        iterator._shutdown_workers()
-        self._reader._iterator = None
-        if in_main_thread:
-            signal.signal(signal.SIGCHLD, handler)
+    def _pick(self, plan: BatchPlan, chunk: np.ndarray) -> Tensor:
+        """The pixels of a batch of images held in memory; uint8 (B, H, W, C) on the device."""
+        assert isinstance(self.images, ResidentImages)
+        if self._pixels is None:
+            pixels = self.images.pixels.permute(0, 2, 3, 1)
+            self._pixels = pixels.to(self.device) if has_room(self.device, pixels.nbytes) else pixels
+        if self._pixels.device == plan.indices.device:
+            return self._pixels.index_select(0, plan.indices)
+        return self._sent(self._pixels.index_select(0, torch.from_numpy(chunk)))
 
-    def _finish(self, result: "np.ndarray | _Failure", epoch: int, indices: np.ndarray) -> Batch:
-        if isinstance(result, _Failure):
-            raise UserError(*result.problems)
-        labels = torch.from_numpy(self.images.labels[indices]).to(self.device)
-        pixels = torch.from_numpy(result).to(self.device)
+    def _sent(self, values: Tensor) -> Tensor:
+        """What lies in ordinary memory, on its way to the device: nothing waits for it to arrive."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def _finish(self, pixels: Tensor, plan: BatchPlan) -> Tensor:
         if self.transform is not None:
-            return Batch(pixels.contiguous(memory_format=self.memory_format), labels, indices)
-        if self.train:
-            pixels = augment(pixels, self.preprocessing, seed=self.seed, epoch=epoch, indices=indices)
-        return Batch(normalise(pixels, self.preprocessing, self.memory_format), labels, indices)
-
-    def _make_reader(self) -> DataLoader[Any]:
-        reader = _Reader(self.images, self.preprocessing, train=self.train, seed=self.seed, transform=self.transform)
-        with warnings.catch_warnings():
-            # More workers than cores is the user's choice.
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            return DataLoader(
-                reader,
-                batch_size=None,
-                sampler=self._work,
-                num_workers=self.workers,
-                collate_fn=_identity,
-                timeout=WORKER_TIMEOUT if self.workers else 0,
-                worker_init_fn=_start_worker,
-                # Of its own: otherwise each epoch takes a number from the global stream.
-                generator=generator(self.seed, "workers"),
-                persistent_workers=self.workers > 0,
-            )
+            return pixels.contiguous(memory_format=self.memory_format)
+        return network_input(pixels.permute(0, 3, 1, 2), self.preprocessing, plan, self.memory_format)
 
 
-_Item = tuple[int, np.ndarray]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A UserError on its way out of a worker: torch would wrap the exception itself in a page of traceback."""
-
-    problems: tuple[str, ...]
-
-
-class _Reader(MapDataset[Any]):
-    """Reads the images of one batch; stateless, so that it makes no difference which process does it.
-
-    What a worker returns are arrays, which travel through a pipe: tensors would go through /dev/shm, which is small in
-    containers, and need the worker's help to be opened, for which torch waits without a limit.
-    """
-
-    def __init__(
-        self, images: Images, preprocessing: Preprocessing, *, train: bool, seed: int, transform: Transform | None
-    ) -> None:
-        self.images = images
-        self.preprocessing = preprocessing
-        self.train = train
-        self.seed = seed
-        self.transform = transform
-
-    def __getitem__(self, item: _Item) -> np.ndarray | _Failure:
-        epoch, indices = item
-        try:
-            if isinstance(self.images, ResidentImages) and self.transform is None:
-                return self.images.pixels[torch.from_numpy(indices)].numpy()
-            return self._stack([self._tensor(epoch, int(index)) for index in indices]).numpy()
-        except UserError as error:
-            return _Failure(error.problems)
-
-    def _tensor(self, epoch: int, index: int) -> Tensor:
-        image = self.images.image(index)
-        if self.transform is not None:
-            return self._own(image, self.transform, epoch, index)
-        if self.train:
-            return training_pixels(image, self.preprocessing, seed=self.seed, epoch=epoch, index=index)
-        return evaluation_pixels(image, self.preprocessing)
-
-    def _own(self, image: Image.Image, transform: Transform, epoch: int, index: int) -> Tensor:
-        # Evaluation is the same at every epoch, also where a transform draws.
-        try:
-            return apply_own(transform, image, seed=self.seed, epoch=epoch if self.train else 0, index=index)
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(
-                f"input_transform failed on {self.images.name(index)}: {reason} ({place.filename}:{place.lineno})"
-            ) from error
-
-    @staticmethod
-    def _stack(tensors: list[Tensor]) -> Tensor:
-        shapes = {tuple(tensor.shape) for tensor in tensors}
-        if len(shapes) > 1:
-            shown = ", ".join(map(str, sorted(shapes)[:3]))
-            raise UserError(f"input_transform returns images of different shapes ({shown}); a batch needs one")
-        return torch.stack(tensors)
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _start_worker(worker: int) -> None:
-    # Where a server process starts the workers, they do not inherit the blocked signal.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def has_room(device: torch.device, needed: int) -> bool:
+    """Whether images of so many bytes are to be kept on the device: on a GPU, in a quarter of what is free."""
+    return device.type != "cuda" or needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]

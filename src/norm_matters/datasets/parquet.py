@@ -1,7 +1,9 @@
 """Parquet files in the layout of the Hugging Face hub: a column of image bytes, a column of labels."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,9 +11,9 @@ import numpy as np
 import torch
 
 from norm_matters.core.errors import UserError
+from norm_matters.datasets.cache import cache_key, read_cached, write_cached
 from norm_matters.datasets.entry import DatasetEntry, Source
-from norm_matters.datasets.images import EncodedImages, ResidentImages
-from norm_matters.transforms.image import to_pixels
+from norm_matters.datasets.images import EncodedImages, ResidentImages, decode_image, file_size
 
 if TYPE_CHECKING:
     from norm_matters.core.config import DataConfig
@@ -19,14 +21,23 @@ if TYPE_CHECKING:
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 # How the files to evaluate on begin, the first kind that exists; and what to call them.
 VAL_NAMES = {"validation": "validation", "test": "test"}
-# Up to this side in pixels, images of one size are decoded once and held in memory.
+# Up to this side in pixels, images of one size are decoded once and held in memory, where they take no more than this
+# share of it.
 RESIDENT_SIDE = 64
+MEMORY_SHARE = 1 / 4
+# From so many images on, what was decoded is kept on disk; below, decoding takes less than half a second.
+CACHED_FROM = 4096
+# Bytes that an encoded image of `RESIDENT_SIDE` has at most: files with more per image are not hashed for nothing.
+SMALL_FILE = 4 * RESIDENT_SIDE**2
+# Rows read at a time.
+BATCH = 1024
 
 
 class _Part(NamedTuple):
-    """The rows of some files: bytes of the images, labels as they stand there, what to call each row."""
+    """The rows of some files: where the images are, labels as they stand there, what to call each row."""
 
-    contents: list[bytes]
+    files: Sequence[Path]
+    column: str
     labels: list[int | str]
     names: list[str]
 
@@ -34,8 +45,9 @@ class _Part(NamedTuple):
 def read_parquet(data: "DataConfig", argument: str) -> Source:
     """Read `train*.parquet` with `validation*` or `test*.parquet`, in a folder or its subfolder `data`, or one file.
 
-    A single file gets a holdout. Small images of one size are held in memory decoded, others encoded. Names of
-    classes come from the Hugging Face metadata, or from labels that are text; otherwise they are numbers.
+    A single file gets a holdout. Small images of one size are held in memory decoded, and kept on disk for the next
+    time (see `datasets.cache`), others encoded. Names of classes come from the Hugging Face metadata, or from labels
+    that are text; otherwise they are numbers.
 
     Args:
         argument: the folder or file; relative to `data.dir` where that is given.
@@ -44,14 +56,15 @@ def read_parquet(data: "DataConfig", argument: str) -> Source:
     root = path if path.is_dir() else path.parent
     train_files, val_files, val_name = _find(path)
     image, label, class_names = _columns(train_files[0])
-    train = _read(train_files, image, label)
-    classes = class_names or _classes(train.labels)
-    encoded = [_images(train, classes, root)]
-    if val_files:
-        encoded.append(_images(_read(val_files, image, label), classes, root))
-    parts = _resident(encoded) or encoded
-    val = parts[1] if val_files else None
-    return Source(train=parts[0], val=val, classes=classes, val_name=val_name, pad=4, epochs=30)
+    parts = [_read(files, image, label) for files in (train_files, val_files) if files]
+    classes = class_names or _classes(parts[0].labels)
+    labels = [_numbers(part, classes, root) for part in parts]
+    images = _resident(parts, labels, root) or [
+        EncodedImages(part.names, numbers, root=root, contents=list(_contents(part)))
+        for part, numbers in zip(parts, labels, strict=True)
+    ]
+    val = images[1] if val_files else None
+    return Source(train=images[0], val=val, classes=classes, val_name=val_name, pad=4, epochs=30)
 
 
 def _find(path: Path) -> tuple[list[Path], list[Path], str]:
@@ -94,23 +107,37 @@ def _class_names(metadata: bytes | None, label: str) -> tuple[str, ...] | None:
 
 def _read(files: Sequence[Path], image: str, label: str) -> _Part:
     pa, pq = _pyarrow()
-    part = _Part([], [], [])
+    part = _Part(files, image, [], [])
     for file in files:
         try:
-            table = pq.read_table(file, columns=[image, label])
-            columns = table.column(image).to_pylist(), table.column(label).to_pylist()
+            # Not `read_table`, which imports a second of code.
+            values = pq.ParquetFile(file).read(columns=[label]).column(label).to_pylist()
         except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{file} cannot be read: {_line(error)}") from None
-        for row, (cell, value) in enumerate(zip(*columns, strict=True)):
-            name = f"{file.name}, row {row}"
-            if not cell or not cell["bytes"]:
-                raise UserError(f"{file.parent / name} has no bytes in column '{image}'")
+        title = file.name
+        for row, value in enumerate(values):
+            name = f"{title}, row {row}"
             if not isinstance(value, int | str):
                 raise UserError(f"{file.parent / name}: label '{value}' is neither a number nor text")
-            part.contents.append(cell["bytes"])
             part.labels.append(value)
             part.names.append(name)
     return part
+
+
+def _contents(part: _Part) -> Iterator[bytes]:
+    """The bytes of each image."""
+    pa, pq = _pyarrow()
+    for file in part.files:
+        row = 0
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=[part.column]):
+                for cell in batch.column(part.column).to_pylist():
+                    if not cell or not cell["bytes"]:
+                        raise UserError(f"{file}, row {row} has no bytes in column '{part.column}'")
+                    yield cell["bytes"]
+                    row += 1
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise UserError(f"{file} cannot be read: {_line(error)}") from None
 
 
 def _classes(labels: list[int | str]) -> tuple[str, ...]:
@@ -120,33 +147,60 @@ def _classes(labels: list[int | str]) -> tuple[str, ...]:
     return tuple(sorted(texts)) if texts else tuple(map(str, range(max(numbers, default=-1) + 1)))
 
 
-def _images(part: _Part, classes: tuple[str, ...], root: Path) -> EncodedImages:
+def _numbers(part: _Part, classes: tuple[str, ...], root: Path) -> np.ndarray:
+    """The labels as numbers; UserError for a text that is no class."""
     numbers = {name: number for number, name in enumerate(classes)}
     labels = []
     for label, name in zip(part.labels, part.names, strict=True):
         if isinstance(label, str) and label not in numbers:
             raise UserError(f"{root / name}: label '{label}' is none of the {len(classes)} classes")
         labels.append(numbers[label] if isinstance(label, str) else label)
-    return EncodedImages(part.names, np.array(labels), root=root, contents=part.contents)
+    return np.array(labels, dtype=np.int64)
 
 
-def _resident(parts: list[EncodedImages]) -> list[ResidentImages] | None:
-    """The images decoded, where all are squares of one size that is small enough; else None."""
-    if not all(len(part) for part in parts):
+def _resident(parts: list[_Part], labels: list[np.ndarray], root: Path) -> list[ResidentImages] | None:
+    """The images decoded, where all are squares of one size and there is room; else None."""
+    resident: list[ResidentImages] = []
+    for part, numbers in zip(parts, labels, strict=True):
+        images = _decoded(part, numbers, root)
+        if images is None or images.pixels.shape[1:] != (resident or [images])[0].pixels.shape[1:]:
+            return None
+        resident.append(images)
+    return resident
+
+
+def _decoded(part: _Part, labels: np.ndarray, root: Path) -> ResidentImages | None:
+    """The images of a part, from the disk where they were decoded before; None where they stay encoded."""
+    key, count = "", len(part.names)
+    if count >= CACHED_FROM and sum(file_size(str(file)) for file in part.files) <= count * SMALL_FILE:
+        key = cache_key(part.files, part.column, hashlib.sha256(labels.tobytes()).hexdigest())
+        found = read_cached(key)
+        if found is not None and len(found[0]) == count:
+            return ResidentImages(found[0], labels, title=str(root), digest=found[1])
+    pixels = _decode_all(part, root)
+    if pixels is None:
         return None
-    side = parts[0].image(0).width
-    if side > RESIDENT_SIDE:
-        return None
-    decoded = []
-    for part in parts:
-        pixels = torch.empty(len(part), 3, side, side, dtype=torch.uint8)
-        for index in range(len(part)):
-            image = part.image(index)
-            if image.size != (side, side):
+    images = ResidentImages(pixels, labels, title=str(root))
+    if key:
+        write_cached(key, images.pixels, images.digest())
+    return images
+
+
+def _decode_all(part: _Part, root: Path) -> torch.Tensor | None:
+    """The pixels of all images, uint8 (N, 3, S, S); None where there are none, or they differ in size or are large."""
+    count, nhwc = len(part.names), np.empty((0, 0, 0, 3), np.uint8)
+    for index, content in enumerate(_contents(part)):
+        image = decode_image(content, 3, name=str(root / part.names[index]))
+        if not index:
+            side = image.width
+            room = MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if side > RESIDENT_SIDE or 3 * side * side * count > room:
                 return None
-            pixels[index] = to_pixels(image)
-        decoded.append(ResidentImages(pixels, part.labels, title=str(part.root)))
-    return decoded
+            nhwc = np.empty((count, side, side, 3), np.uint8)
+        if image.size != nhwc.shape[1:3]:
+            return None
+        nhwc[index] = np.asarray(image)
+    return torch.from_numpy(nhwc).permute(0, 3, 1, 2) if count else None
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -71,6 +71,7 @@ def training_rows(
     for epoch in range(state.clock.epoch, state.clock.epochs):
         start = time.perf_counter()
         meter, learning_rate = _train_epoch(state, train, epoch, options, instruments, on_progress)
+        state.settle()
         trained = meter.scores()
         seconds_train = time.perf_counter() - start
         scores = evaluate(
@@ -121,6 +122,7 @@ def _train_epoch(
         now = time.perf_counter()
         if on_progress and now - last_report >= SECONDS_BETWEEN_REPORTS:
             last_report = now
+            state.settle()
             scores = meter.scores()
             on_progress(
                 Progress(

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +65,81 @@ def describe_range(values: Tensor) -> str:
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether all values of all tensors are finite; waits for the device once."""
+    return not tensors or bool(finite_flag(tensors, tensors[0].device))
+
+
+def finite_flag(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Whether all values of all tensors are finite, as a flag (no dimension) on their device; nothing waits for it."""
     if not tensors:
-        return True
+        return torch.ones((), dtype=torch.bool, device=device)
     largest = torch._foreach_norm(tensors, math.inf)  # pyright: ignore[reportPrivateImportUsage]
-    return bool(torch.stack([value.float() for value in largest]).isfinite().all())
+    return torch.stack([value.float() for value in largest]).isfinite().all()
+
+
+class Verdicts(NamedTuple):
+    """What was found since the last reading.
+
+    Attributes:
+        given_up: steps left out because they were not finite.
+        overflowed: steps left out because their gradients were not finite at the loss scale.
+        first: the first step given up, counted from 1; 0 where there is none.
+        in_a_row: steps given up at the end of the time, without one that was taken.
+        longest: most steps given up in a row.
+    """
+
+    given_up: int
+    overflowed: int
+    first: int
+    in_a_row: int
+    longest: int
+
+
+class DeferredVerdicts:
+    """Decides on the device whether a step is taken, so that the host need not wait for it at every step.
+
+    Args:
+        device: of the training.
+        policy: stop or skip. With stop, no step is taken after the first that is not finite.
+        in_a_row: steps given up immediately before.
+    """
+
+    def __init__(self, device: torch.device, policy: Policy, in_a_row: int = 0) -> None:
+        assert policy != "rollback", "the host has to act at once"
+        self.policy: Policy = policy
+        self._given_up, self._overflowed, self._first, self._in_a_row, self._longest = (
+            torch.tensor(value, device=device) for value in (0, 0, 0, in_a_row, in_a_row)
+        )
+
+    def record(self, finite: Tensor, *, step: int, fits_scale: Tensor | None = None) -> Tensor:
+        """Judge a step.
+
+        Args:
+            finite: flag, whether loss and gradients are; with a loss scale, whether the loss is.
+            step: its number, from 1.
+            fits_scale: flag, whether the gradients are finite at the loss scale.
+
+        Returns:
+            Flag, whether the step must be left out.
+        """
+        bad = ~finite
+        if self.policy == "stop":
+            bad = bad | (self._given_up > 0)
+        overflowed = torch.zeros_like(bad) if fits_scale is None else ~bad & ~fits_scale
+        self._first = torch.where(bad & (self._first == 0), step, self._first)
+        # An overflow is neither a step that was taken nor one that was given up.
+        self._in_a_row = torch.where(bad, self._in_a_row + 1, torch.where(overflowed, self._in_a_row, 0))
+        self._longest = torch.maximum(self._longest, self._in_a_row)
+        self._given_up = self._given_up + bad
+        self._overflowed = self._overflowed + overflowed
+        return bad | overflowed
+
+    def read(self) -> Verdicts:
+        """What was found since the last call; waits for the device."""
+        found = [self._given_up, self._overflowed, self._first, self._in_a_row, self._longest]
+        verdicts = Verdicts(*torch.stack(found).tolist())
+        self._given_up, self._overflowed, self._first = (torch.zeros_like(self._first) for _ in range(3))
+        self._longest = self._in_a_row
+        return verdicts
 
 
 def _is_finite(values: Tensor) -> bool:

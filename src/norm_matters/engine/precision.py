@@ -1,13 +1,13 @@
 """Number formats of a run: what the weights are stored in, what the operations use, how the loss is scaled."""
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from norm_matters.core.errors import NumericalError
+from norm_matters.engine.nonfinite import finite_flag
 from norm_matters.norms import is_norm
 
 
@@ -60,39 +60,59 @@ def input_dtype(module: nn.Module) -> torch.dtype:
 class LossScale:
     """A loss scale that halves after an overflow and doubles after a long run without one.
 
-    The state is two numbers, so that a checkpoint can hold it (`state`, `load`).
+    Both numbers of its state live on the device, so that a step need not wait for it.
+
+    Args:
+        scale: the first.
+        device: of the gradients.
     """
 
     GROWTH_INTERVAL = 2000
     SMALLEST = 2.0**-14
 
-    def __init__(self, scale: float = 2.0**16) -> None:
-        self.scale = scale
-        self.good_steps = 0
+    def __init__(self, scale: float = 2.0**16, device: torch.device | str = "cpu") -> None:
+        self.factor = torch.tensor(scale, dtype=torch.float32, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
 
-    def unscale(self, gradients: Iterable[Tensor]) -> bool:
-        """Divide the gradients by the scale, in place, and tell whether all of them are finite."""
-        gradients = list(gradients)
-        torch._foreach_div_(gradients, self.scale)  # pyright: ignore[reportPrivateImportUsage]
-        finite = [torch.isfinite(gradient).all() for gradient in gradients]
-        return bool(torch.stack(finite).all()) if finite else True
+    @property
+    def scale(self) -> float:
+        """What the loss is multiplied by; reading it waits for the device."""
+        return self.factor.item()
 
-    def update(self, finite: bool) -> None:
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.factor.fill_(value)
+
+    @property
+    def good_steps(self) -> int:
+        """Steps since the last overflow or growth; reading it waits for the device."""
+        return int(self._good_steps)
+
+    def unscale(self, gradients: list[Tensor]) -> Tensor:
+        """Divide the gradients by the scale, in place; a flag (no dimension) that tells whether all are finite."""
+        torch._foreach_div_(gradients, self.factor)  # pyright: ignore[reportPrivateImportUsage]
+        return finite_flag(gradients, self.factor.device)
+
+    def update(self, finite: Tensor, counted: Tensor | None = None) -> None:
         """Adapt the scale to the outcome of a step.
 
-        Raises:
-            NumericalError: when gradients overflow at every scale, so that no step can ever be made.
+        Args:
+            finite: flag, whether the gradients were.
+            counted: flag; where it is false the step says nothing of the scale, which stays.
         """
-        if not finite:
-            self.scale /= 2
-            self.good_steps = 0
-            if self.scale < self.SMALLEST:
-                raise NumericalError(f"gradients are not finite at any loss scale down to {self.SMALLEST:g}")
-            return
-        self.good_steps += 1
-        if self.good_steps == self.GROWTH_INTERVAL:
-            self.scale *= 2
-            self.good_steps = 0
+        good = self._good_steps + 1
+        grown = good >= self.GROWTH_INTERVAL
+        factor = torch.where(finite, torch.where(grown, self.factor * 2, self.factor), self.factor / 2)
+        good = torch.where(finite & ~grown, good, 0)
+        if counted is not None:
+            factor, good = torch.where(counted, factor, self.factor), torch.where(counted, good, self._good_steps)
+        self.factor.copy_(factor)
+        self._good_steps.copy_(good)
+
+    def check(self) -> None:
+        """Raise NumericalError when gradients overflow at every scale, so that no step can ever be made."""
+        if self.scale < self.SMALLEST:
+            raise NumericalError(f"gradients are not finite at any loss scale down to {self.SMALLEST:g}")
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -100,4 +120,5 @@ class LossScale:
 
     def load(self, state: dict[str, float]) -> None:
         """Restore what `state` gave."""
-        self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
+        self.scale = float(state["scale"])
+        self._good_steps.fill_(int(state["good_steps"]))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from norm_matters.core.clock import Clock
-from norm_matters.core.errors import UserError
+from norm_matters.core.errors import NumericalError, UserError
+from norm_matters.engine.compiled import Forward, compiled_forward
+from norm_matters.engine.nonfinite import PATIENCE, DeferredVerdicts, Policy
 from norm_matters.engine.precision import PRECISIONS, LossScale, input_dtype
 from norm_matters.engine.rng import restore_rng, rng_state
 from norm_matters.norms import RunningStatistics
@@ -23,6 +25,13 @@ class TrainingState:
         regime: optimizer settings as a function of the clock.
         clock: where the run starts.
         precision: a key of `PRECISIONS`.
+        memory_format: of weights of four dimensions, as of images; channels_last is what convolutions are fastest in.
+        compiled: train with compiled code; evaluation and instruments run the network as it is written.
+        cuda_graphs: record the compiled code's kernels once and replay them.
+        deferred: decide on the device, without waiting for it, whether a step is finite; on a GPU by default.
+
+    Attributes:
+        forward: what a training step calls: the network, or its compiled form with the same weights.
     """
 
     def __init__(
@@ -34,6 +43,9 @@ class TrainingState:
         device: torch.device,
         precision: str = "fp32",
         memory_format: torch.memory_format = torch.channels_last,
+        compiled: bool = False,
+        cuda_graphs: bool = False,
+        deferred: bool | None = None,
     ) -> None:
         self.device = device
         self.clock = clock
@@ -42,8 +54,8 @@ class TrainingState:
         # What happened since the last row was recorded, for the log.
         self.incidents: list[str] = []
         self.precision = PRECISIONS[precision]
-        self.scale = LossScale() if self.precision.scaled else None
-        self.module = module.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.scale = LossScale(device=device) if self.precision.scaled else None
+        self.module = lay_out(module.to(device), memory_format)
         self.masters: dict[str, Tensor] = {}
         if self.precision.weights is not None:
             originals = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
@@ -62,6 +74,47 @@ class TrainingState:
         self.statistics = RunningStatistics(module)
         self._rejected_before = 0
         self._remembered: _Remembered | None = None
+        self._deferred = device.type == "cuda" if deferred is None else deferred
+        self._verdicts: DeferredVerdicts | None = None
+        self.forward: Forward = compiled_forward(module, cuda_graphs=cuda_graphs) if compiled else module
+
+    def verdicts(self, policy: Policy) -> DeferredVerdicts | None:
+        """What decides on the device about the step that comes; None where the host has to wait for the outcome.
+
+        It has to for rolling back, for optimizers that have no fused form, and for weights that are bounded by
+        projection.
+        """
+        if not self._deferred or policy == "rollback" or self._projections or not self.optimizer.takes_flag:
+            self.settle()
+            self._verdicts = None
+        elif self._verdicts is None or self._verdicts.policy != policy:
+            self.settle()
+            self._verdicts = DeferredVerdicts(self.device, policy, self.given_up_in_a_row)
+        return self._verdicts
+
+    def settle(self) -> None:
+        """Learn what the device has decided since the last call; waits for it.
+
+        Raises:
+            NumericalError: a step was not finite and the policy is to stop, or was so too often in a row; or gradients
+                overflow at every loss scale.
+        """
+        if self._verdicts is None:
+            return
+        found = self._verdicts.read()
+        self.skipped_steps += found.overflowed
+        self.given_up_in_a_row = found.in_a_row
+        if found.given_up:
+            epoch = (found.first - 1) // self.clock.steps_per_epoch + 1
+            message = f"the training loss or a gradient is not finite in epoch {epoch}, step {found.first}"
+            if self._verdicts.policy == "stop":
+                raise NumericalError(f"{message}; no step was taken since, this is seen after step {self.clock.step}")
+            if found.longest > PATIENCE:
+                raise NumericalError(f"{message}; more than {PATIENCE} steps were given up in a row (nonfinite=skip)")
+            self.skipped_steps += found.given_up
+            self.incidents.append(f"{message}; {found.given_up} skipped by step {self.clock.step}")
+        if self.scale is not None:
+            self.scale.check()
 
     def gradients_to_masters(self) -> None:
         """Move the gradients of low-precision weights to their float32 masters."""
@@ -109,6 +162,7 @@ class TrainingState:
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as JSON can hold it."""
+        self.settle()
         return {
             "step": self.clock.step,
             "skipped_steps": self.skipped_steps,
@@ -129,6 +183,7 @@ class TrainingState:
         self.clock = self.clock.at_step(int(numbers["step"]))
         self.skipped_steps = int(numbers["skipped_steps"])
         self.given_up_in_a_row = int(numbers["given_up_in_a_row"])
+        self._verdicts = None
         self._rejected_before = int(numbers["rejected_updates"])
         if (self.scale is None) != (numbers["scale"] is None):
             raise UserError("the checkpoint was written in another precision: only one of the two has a loss scale")
@@ -151,6 +206,14 @@ class _Remembered(NamedTuple):
     optimizer: dict[str, Tensor]
     numbers: dict[str, Any]
     clock: Clock
+
+
+def lay_out(module: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """Bring the tensors of four dimensions into a memory format, in place; others have no such format."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+    return module
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

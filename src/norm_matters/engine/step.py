@@ -1,5 +1,7 @@
 """One optimizer step: the only place with `backward()` and `step()`."""
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +9,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from norm_matters.core.errors import NumericalError
+from norm_matters.engine.compiled import compilation_explained
 from norm_matters.engine.metrics import Meter
-from norm_matters.engine.nonfinite import PATIENCE, Policy, all_finite, describe_range, first_nonfinite
+from norm_matters.engine.nonfinite import (
+    PATIENCE,
+    DeferredVerdicts,
+    Policy,
+    all_finite,
+    describe_range,
+    finite_flag,
+    first_nonfinite,
+)
 from norm_matters.engine.state import TrainingState
+from norm_matters.norms import saving_memory
+
+SETTLE_EVERY = 50
+"""Steps after which the host learns at the latest what was decided on the device."""
+
+Outcome = tuple[Tensor, Tensor, Tensor]
+"""Loss, logits and labels of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +39,7 @@ class StepOptions:
             the memory of one chunk. Batch norms see one chunk at a time.
         clip_norm: largest global norm of the gradient; None for no clipping.
         label_smoothing: share of the target spread evenly over the classes; in training only.
+        save_memory: the outputs of norms are made again in the backward pass instead of being kept; the same bits.
         nonfinite: what is done when the loss, or a gradient that no loss scale explains, is not finite.
     """
 
@@ -28,6 +47,7 @@ class StepOptions:
     clip_norm: float | None = None
     label_smoothing: float = 0.0
     nonfinite: Policy = "stop"
+    save_memory: bool = False
 
 
 def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options: StepOptions, meter: Meter) -> float:
@@ -41,46 +61,65 @@ def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options:
     Returns:
         The learning rate of the first parameter group in this step.
 
+    A weight never takes a step that is not finite. On a CPU the host looks at every step. On a GPU the step is left out
+    on the device (`TrainingState.verdicts`), and the error comes when the host looks, at most `SETTLE_EVERY` steps
+    later; with the policy to stop no step is taken in between.
+
     Raises:
         NumericalError: the step is not finite and the policy is to stop, or was so too often in a row; or gradients
             overflow at every loss scale. The weights are those before the step.
+        UserError: the network cannot be compiled, and it was asked for.
     """
     learning_rate = state.optimizer.prepare(state.clock)
     state.optimizer.zero_grad()
-    if state.scale is not None or options.nonfinite != "stop":
+    verdicts = state.verdicts(options.nonfinite)
+    may_skip = state.scale is not None or options.nonfinite != "stop"
+    if may_skip:
         state.statistics.commit()
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: list[Outcome] = []
     for image_chunk, label_chunk in zip(
         images.chunk(options.accumulate), labels.chunk(options.accumulate), strict=True
     ):
-        with state.precision.context(state.device):
-            logits = state.module(image_chunk.to(state.input_dtype))
+        saving = saving_memory() if options.save_memory else contextlib.nullcontext()
+        with saving, state.precision.context(state.device), compilation_explained():
+            logits = state.forward(image_chunk.to(state.input_dtype))
             loss = functional.cross_entropy(
                 logits.to(torch.promote_types(logits.dtype, torch.float32)),
                 label_chunk,
                 label_smoothing=options.label_smoothing,
             )
-        weight = len(label_chunk) / len(labels)
-        (loss * (weight * (state.scale.scale if state.scale else 1.0))).backward()
+        with compilation_explained():
+            _scaled(loss, len(label_chunk) / len(labels), state).backward()
         seen.append((loss.detach(), logits.detach(), label_chunk))
     state.gradients_to_masters()
-    if not all_finite([loss for loss, _, _ in seen]):
+    if verdicts is not None:
+        _update_if_finite(state, options, seen, meter, verdicts, may_skip=may_skip)
+    elif not all_finite([loss for loss, _, _ in seen]):
         _give_up(state, options, "the training loss", images)
     else:
         for chunk in seen:
             meter.update(*chunk)
         _update(state, options, images)
     state.clock = state.clock.at_step(state.clock.step + 1)
+    if state.clock.step % SETTLE_EVERY == 0:
+        state.settle()
     return learning_rate
+
+
+def _scaled(loss: Tensor, share: float, state: TrainingState) -> Tensor:
+    """A chunk's loss as it is differentiated: weighted by its share of the batch, times the loss scale."""
+    if share != 1:
+        loss = loss * share
+    return loss if state.scale is None else loss * state.scale.factor
 
 
 def _update(state: TrainingState, options: StepOptions, images: Tensor) -> None:
     """Move the weights, unless the gradients are not finite."""
-    parameters = [parameter for parameter in state.optimizer.parameters() if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    parameters, gradients = _with_gradients(state)
     if state.scale is not None:
         finite = state.scale.unscale(gradients)
         state.scale.update(finite)
+        state.scale.check()
         if not finite:
             state.statistics.rollback()
             state.skipped_steps += 1
@@ -94,6 +133,41 @@ def _update(state: TrainingState, options: StepOptions, images: Tensor) -> None:
     state.project_weights()
     state.masters_to_weights()
     state.given_up_in_a_row = 0
+
+
+def _update_if_finite(
+    state: TrainingState,
+    options: StepOptions,
+    seen: Sequence[Outcome],
+    meter: Meter,
+    verdicts: DeferredVerdicts,
+    *,
+    may_skip: bool,
+) -> None:
+    """As `_update` and what leads to it, with every decision made on the device; the host learns of them later."""
+    parameters, gradients = _with_gradients(state)
+    loss_finite = finite_flag([loss for loss, _, _ in seen], state.device)
+    for chunk in seen:
+        meter.update(*chunk, counted=loss_finite)
+    number = state.clock.step + 1
+    if state.scale is not None:
+        fits = state.scale.unscale(gradients)
+        state.scale.update(fits, counted=loss_finite)
+        leave_out = verdicts.record(loss_finite, step=number, fits_scale=fits)
+    else:
+        leave_out = verdicts.record(loss_finite & finite_flag(gradients, state.device), step=number)
+    if may_skip:
+        state.statistics.rollback(where=leave_out)
+    if options.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+    state.optimizer.step(leave_out)
+    state.masters_to_weights()
+
+
+def _with_gradients(state: TrainingState) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient, and these."""
+    pairs = [(parameter, parameter.grad) for parameter in state.optimizer.parameters() if parameter.grad is not None]
+    return [parameter for parameter, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def _give_up(state: TrainingState, options: StepOptions, what: str, images: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from norm_matters.core.clock import Clock
 from norm_matters.core.errors import UserError
 from norm_matters.regimes.groups import group_parameters
+from norm_matters.regimes.implementation import build_optimizer, devices_of, fastest, take_step
 from norm_matters.regimes.regime import Regime
 from norm_matters.regimes.settings import (
     PROBE,
@@ -42,6 +43,7 @@ class RegimeOptimizer:
             raise UserError("the network has no parameters to train")
         self.regime = regime
         self._parameters = dict(parameters)
+        self._devices = devices_of(self._parameters.values())
         self._members = group_parameters(module, list(parameters), regime.kinds)
         self._build(regime.at(PROBE), resets=regime.resets(PROBE))
 
@@ -65,13 +67,23 @@ class RegimeOptimizer:
             group.update(own)
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self) -> None:
-        """Change the parameters by their gradients."""
-        self.optimizer.step()
+    @property
+    def takes_flag(self) -> bool:
+        """Whether `step` can be told on the device to change nothing."""
+        return all(group.get("fused") for group in self.optimizer.param_groups)
+
+    def step(self, leave_out: Tensor | None = None) -> None:
+        """Change the parameters by their gradients.
+
+        Args:
+            leave_out: flag (no dimension) on their device; where it is true nothing changes.
+        """
+        take_step(self.optimizer, leave_out)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def parameters(self) -> list[Tensor]:
         """What is optimised."""
@@ -112,7 +124,7 @@ class RegimeOptimizer:
         # The settings of the last step that was done: the state is of its optimizer, and is kept or dropped next.
         settings = self.regime.at(clock.at_step(max(0, clock.step - 1)))
         self._build({**settings, "optimizer": numbers["optimizer"]}, resets=int(numbers["resets"]))
-        fused = bool(settings.get("fused"))
+        fused = bool(self.optimizer.param_groups[0].get("fused"))
         for name, parameter in self._parameters.items():
             entries = {
                 entry: _restored(tensors[f"{name}/{entry}"], parameter, fused=fused) if value is None else value
@@ -139,14 +151,22 @@ class RegimeOptimizer:
         ]
         self._name, self._resets, self._layout = settings["optimizer"], resets, _layout(values)
         try:
-            self.optimizer = optimizer_class(self._name)(groups, **values[0])
+            self.optimizer = build_optimizer(optimizer_class(self._name), groups, values[0])
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"torch refuses to train this network with {self._name}: {error}") from error
 
     def _group_settings(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """All settings of each group, in the order of the groups."""
-        defaults = setting_defaults(settings["optimizer"])
-        return [usable_settings({**settings, **settings["groups"].get(kind, {})}, defaults) for kind in self._members]
+        name = settings["optimizer"]
+        defaults = setting_defaults(name)
+        return [
+            fastest(
+                name,
+                usable_settings({**settings, **settings["groups"].get(kind, {})}, defaults),
+                self._devices,
+            )
+            for kind in self._members
+        ]
 
 
 def _layout(values: Sequence[Mapping[str, Any]]) -> list[tuple[bool, ...]]:
@@ -167,6 +187,11 @@ def _check_names(what: str, found: Iterable[str], expected: Iterable[str]) -> No
 
 
 def _restored(value: Tensor, parameter: Tensor, *, fused: bool) -> Tensor:
-    """A copy on the right device: counters (of no dimension) stay on the CPU unless the optimizer is fused."""
+    """A copy on the right device: counters (of no dimension) stay on the CPU unless the optimizer is fused.
+
+    What has the parameter's shape gets its memory layout too: fused optimizers read them as they lie, side by side.
+    """
+    if value.shape == parameter.shape and value.ndim:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     device = parameter.device if value.ndim or fused else "cpu"
     return value.detach().to(device=device, copy=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from norm_matters.core.clock import Clock
 from norm_matters.core.errors import UserError, nearest
+from norm_matters.regimes.implementation import build_optimizer
 from norm_matters.regimes.phases import LANGUAGE_KEYS, Phase
 from norm_matters.regimes.regime import Regime, fold
 from norm_matters.regimes.schedules import is_number
@@ -142,7 +143,8 @@ def _refused(phase: Phase, settings: Mapping[str, Any]) -> list[str]:
     for where, trial in trials.items():
         try:
             # A matrix, since Muon takes nothing else.
-            optimizer_class(name)([nn.Parameter(torch.zeros(1, 1))], **usable_settings(trial, setting_defaults(name)))
+            one = [{"params": [nn.Parameter(torch.zeros(1, 1))]}]
+            build_optimizer(optimizer_class(name), one, usable_settings(trial, setting_defaults(name)))
         except UserError as error:
             return [f"{where}.{problem}" for problem in error.problems]
         except (TypeError, ValueError, RuntimeError) as error:

@@ -27,6 +27,11 @@ TRANSFORMS.register(
     "normalise", "norm_matters.transforms.batch:normalise", summary="per batch: bytes to float, mean 0, deviation 1"
 )
 TRANSFORMS.register(
+    "cutout",
+    "norm_matters.transforms.batch:cutout",
+    summary="per batch: a square of each image set to the mean (training)",
+)
+TRANSFORMS.register(
     "inception-crop",
     "norm_matters.transforms.image:inception_crop",
     summary="per image: a random 8% to 100% of the area, resized (training, files)",

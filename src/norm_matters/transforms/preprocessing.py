@@ -1,7 +1,7 @@
 """What is done to an image between its file and the network, as plain data that a checkpoint can hold."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from norm_matters.core.errors import UserError
@@ -23,6 +23,8 @@ class Preprocessing:
         pad: pixels added on each side by `crop="pad"`.
         flip: whether training mirrors half of the images.
         resize: what the shorter side of an encoded image is resized to before the centre crop, in pixels.
+        cutout: side of the square that training sets to the mean in each image, in pixels; 0 for none.
+        draft: whether training decodes a large JPEG at 1/2, 1/4 or 1/8 of its size where that is all it needs.
 
     Raises:
         ValueError: for numbers that do not fit together.
@@ -36,6 +38,8 @@ class Preprocessing:
     pad: int
     flip: bool
     resize: int
+    cutout: int = 0
+    draft: bool = False
 
     def __post_init__(self) -> None:
         if not (self.channels == len(self.mean) == len(self.std)):
@@ -44,6 +48,8 @@ class Preprocessing:
             raise ValueError(f"crop '{self.crop}' is none of {', '.join(get_args(Crop))}")
         if self.resize < self.input_size:
             raise ValueError(f"resize {self.resize} is smaller than the centre crop of {self.input_size}")
+        if not 0 <= self.cutout <= self.input_size:
+            raise ValueError(f"cutout {self.cutout} does not fit into images of {self.input_size} pixels")
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a dict that `json` can write; `from_json` reads it back equal."""
@@ -51,8 +57,13 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Preprocessing":
-        """Read what `to_json` wrote; UserError for a missing or an extra key."""
+        """Read what `to_json` wrote, now or before there were the fields with a default.
+
+        Raises:
+            UserError: for a missing or an extra key.
+        """
         names = {field.name for field in fields(cls)}
-        if names != set(value):
-            raise UserError(f"preprocessing: missing or unknown keys: {', '.join(sorted(names ^ set(value)))}")
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if wrong := (needed - set(value)) | (set(value) - names):
+            raise UserError(f"preprocessing: missing or unknown keys: {', '.join(sorted(wrong))}")
         return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})

@@ -44,11 +44,13 @@ class Instruments:
         if number not in self._measured:
             yield
             return
+        self._state.settle()
         for part in self._parts:
             part.before_step()
         skipped, made = self._state.skipped_steps, False
         try:
             yield
+            self._state.settle()
             made = self._state.skipped_steps == skipped
         finally:
             for part in self._parts:
