@@ -108,9 +108,9 @@ def norms(
     ]
     Console(width=None if sys.stdout.isatty() else 200).print(_norms_table(rows))
     print(f"\na copy moves {bandwidth / 1e9:.3g} GB/s; times as fast as native, median over the shapes:")
-    for place_, group in median_speedups(rows).items():
+    for where, group in median_speedups(rows).items():
         ratios = "  ".join(f"{norm} x{ratio:.2f}" for norm, ratio in group.items())
-        print(printable(f"  {', '.join(place_):36}{ratios}"))
+        print(printable(f"  {', '.join(where):36}{ratios}"))
     if output is not None:
         provenance = collect_provenance(context.obj, device=place, rounds=rounds, **facts)
         for path in write_norms(output, rows, provenance):
@@ -174,6 +174,7 @@ def numerics(
 
 @bench.command()
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="see `list models`; also timm:NAME, torchvision:NAME")] = "resnet20",
     norm: Annotated[str | None, typer.Option(help="of our side; see `list norms`")] = None,
     batch_size: Annotated[str, typer.Option(metavar="N")] = "128",
@@ -185,7 +186,7 @@ def train(
     ] = False,
     against: Annotated[str, typer.Option(metavar="plain", help="what with: a plain torch loop")] = "plain",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "cpu",
-    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write train.csv there")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write train.csv and train.html there")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="3 rounds, nothing compiled")] = False,
 ) -> None:
     """Time training by our engine, and by a plain torch loop in every form it has, in turns."""
@@ -198,9 +199,18 @@ def train(
         problems.append(f"--against: value '{against}' is not valid; it takes plain")
     if problems:
         raise UserError(*problems)
-    from norm_matters.bench import TrainCase, best_plain, default_arms, measure_train, write_train
+    from norm_matters.bench import (
+        TrainCase,
+        best_plain,
+        default_arms,
+        measure_train,
+        train_page,
+        write_page,
+        write_train,
+    )
     from norm_matters.bench.timing import REPEATS
     from norm_matters.engine.device import resolve_device
+    from norm_matters.record import collect_provenance
 
     case = TrainCase(
         model=model,
@@ -226,10 +236,13 @@ def train(
         print(printable(f"left out: {note}"))
     if output is not None:
         print(printable(f"written: {write_train(output, rows)}"))
+        provenance = collect_provenance(context.obj, device=case.device)
+        print(printable(f"written: {write_page(output, 'train.html', train_page(rows, provenance))}"))
 
 
 @bench.command("input")
 def input_speed(
+    context: typer.Context,
     dataset: Annotated[
         str | None, typer.Option(help="small images, or imagefolder:DIR; noise and made-up photographs by default")
     ] = None,
@@ -237,7 +250,7 @@ def input_speed(
     workers: Annotated[
         str | None, typer.Option(metavar="N,...", help="to try; 0, 1 and as many as there are cores by default")
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write input.csv there")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write input.csv and input.html there")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="an eighth of the images, 3 rounds")] = False,
 ) -> None:
     """Time our loader, torchvision's transforms and timm's loader, in turns."""
@@ -249,8 +262,9 @@ def input_speed(
         problems.append(f"--workers: value '{workers}' is not valid; it takes whole numbers from 0, such as 0,1,2")
     if problems:
         raise UserError(*problems)
-    from norm_matters.bench import measure_input, write_input
+    from norm_matters.bench import input_page, measure_input, write_input, write_page
     from norm_matters.bench.timing import REPEATS
+    from norm_matters.record import collect_provenance
 
     rows = measure_input(
         dataset,
@@ -265,6 +279,8 @@ def input_speed(
         print(f"{row.task:8}{row.library:14}{row.workers:7}{speeds}")
     if output is not None:
         print(printable(f"written: {write_input(output, rows)}"))
+        provenance = collect_provenance(context.obj)
+        print(printable(f"written: {write_page(output, 'input.html', input_page(rows, provenance))}"))
 
 
 def _table(measurements: "Sequence[Measurement]") -> "Table":

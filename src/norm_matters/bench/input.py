@@ -125,28 +125,20 @@ def measure_input(
 
 def measure_arms(arms: Mapping[Arm, Callable[[], object]], images: int, *, rounds: int = ROUNDS) -> list[InputRow]:
     """Time arms of one task in turns; each call reads so many images."""
-    seconds = time_in_turns(arms, repeats=rounds, warm_up=1)
-    ours = {arm.workers: times for arm, times in seconds.items() if arm.library == OURS}
+    seconds = time_in_turns({str(arm): call for arm, call in arms.items()}, repeats=rounds, warm_up=1)
+    ours = {arm.workers: seconds[str(arm)] for arm in arms if arm.library == OURS}
     rows = []
-    for arm, times in seconds.items():
+    for arm in arms:
+        times = seconds[str(arm)]
         cores = max(1, arm.workers)
         reference = arm.workers if arm.workers in ours else 0
         ratios = [
             cores * time / (max(1, reference) * our_time) for time, our_time in zip(times, ours[reference], strict=True)
         ]
         speeds = [images / time for time in times]
-        rows.append(
-            InputRow(
-                *arm,
-                images,
-                len(times),
-                statistics.median(speeds),
-                min(speeds),
-                max(speeds),
-                statistics.median(speeds) / cores,
-                statistics.median(ratios),
-            )
-        )
+        median = statistics.median(speeds)
+        figures = median, min(speeds), max(speeds), median / cores, statistics.median(ratios)
+        rows.append(InputRow(arm.task, arm.library, arm.workers, images, len(times), *figures))
     return rows
 
 

@@ -1,6 +1,7 @@
-"""The page that a benchmark leaves behind: ratios against a peer as dots, the whole table, and what it was measured on."""
+"""The page that a benchmark leaves behind: ratios against a peer as dots, the whole table, and its provenance."""
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,16 +17,17 @@ from norm_matters.bench.norm_arms import BATCH, NATIVE
 from norm_matters.bench.norms import NormRow, median_speedups, norms_csv
 from norm_matters.record.files import make_folder, write_file
 from norm_matters.report.page import Html, facts_table, note, numbers_table, page, section, tag
-from norm_matters.report.plots import Series, legend, value_text
+from norm_matters.report.plots import Series, value_text
 from norm_matters.report.read import flatten, show
 
 if TYPE_CHECKING:
     from norm_matters.bench.input import InputRow
     from norm_matters.bench.train import TrainMeasurement
 
-# Shape and fill tell the series apart whose colours come a second time.
-_MARKERS = ("circle", "triangle", "square", "diamond")
+# The shape tells the series apart whose colours come a second time: bokeh's name, and a character for the legend.
+_MARKERS = (("circle", "●"), ("triangle", "▲"), ("square", "■"), ("diamond", "◆"))
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+_COLOURS = 7  # of `Series`
 _DOT = 9  # pixels of height for each series at a place
 
 
@@ -64,7 +66,7 @@ def bench_page(
         title, subtitle: its heading.
         ratios: the dots, a panel for each of their panels, a line for each place, all in the order given.
         rows: the whole table, column -> value; columns that are empty throughout are left out.
-        provenance: facts in JSON types, nested or not.
+        provenance: of `collect_provenance`.
         axis: what a ratio is, for the axis.
         notes: sentences on what was measured and how.
         summary: what comes before the plots.
@@ -84,10 +86,9 @@ def bench_page(
             tag("figure", tag("h3", name, style="margin: 0 0 6px"), Html(div), class_="panel")
             for name, div in zip(panels, divs, strict=True)
         )
-        switches = legend(series.values())
-        sections.append(section("Ratios", switches, tag("div", *figures, class_="panels")))
+        sections.append(section("Ratios", _legend(series.values()), tag("div", *figures, class_="panels")))
         scripts = ["\n".join(Resources(mode="inline", components=["bokeh"]).js_raw), script]
-    facts = ((key, show(value)) for key, value in flatten(dict(provenance)))
+    facts = [(key, shlex.join(value) if key == "command" else show(value)) for key, value in flatten(dict(provenance))]
     sections += [section("All figures", _table(rows)), section("Provenance", facts_table(facts))]
     return page(title, subtitle, sections, scripts)
 
@@ -138,7 +139,10 @@ def norms_page(rows: Sequence[NormRow], provenance: Mapping[str, Any]) -> bytes:
     medians = median_speedups(rows)
     norms = list(dict.fromkeys(norm for group in medians.values() for norm in group))
     cells = (
-        [", ".join(place if several else place[:2]), *(value_text(group[n]) if n in group else "–" for n in norms)]
+        [
+            ", ".join(place if several else place[:2]),
+            *(f"{group[norm]:.2f}" if norm in group else "–" for norm in norms),
+        ]
         for place, group in medians.items()
     )
     summary = section("Times as fast as native, median over the shapes", numbers_table(["", *norms], cells))
@@ -211,6 +215,27 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def _marker(series: Series) -> tuple[str, str]:
+    """The shape of its dots, as a name and as a character; series of one colour have different ones."""
+    return _MARKERS[series.index // _COLOURS % len(_MARKERS)]
+
+
+def _legend(series: Iterable[Series]) -> Html:
+    """Buttons that hide and show the series in all plots."""
+    buttons = (
+        tag(
+            "button",
+            tag("span", _marker(item)[1], style=f"color: {item.colour}", aria_hidden="true"),
+            item.label,
+            type="button",
+            aria_pressed="true",
+            data_series=item.key,
+        )
+        for item in series
+    )
+    return tag("div", *buttons, tag("span", "click to hide", class_="soft"), class_="legend")
+
+
 def _x_range(values: Sequence[float]) -> Range1d:
     """The range that all plots share, with 1 in it."""
     low, high = min(*values, 1, 1), max(*values, 1, 1)
@@ -250,7 +275,7 @@ def _dots(ratios: Sequence[Ratio], series: Mapping[str, Series], shared: Range1d
             dodge("place", 0.4 - step * (index + 0.5), range=plot.y_range),
             source=source,
             size=8,
-            marker=_MARKERS[item.index // 7 % len(_MARKERS)],
+            marker=_marker(item)[0],
             color=item.colour,
             name=item.key,
         )
@@ -272,7 +297,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Html:
     """All rows; a column for each key that has a value anywhere."""
     columns = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)] if rows else []
     cells = ([_cell(row[column]) for column in columns] for row in rows)
-    return numbers_table([column.replace("_", " ") for column in columns], cells)
+    # Long headings are not broken within words.
+    headings = [tag("span", column.replace("_", " "), style="overflow-wrap: normal") for column in columns]
+    return numbers_table(headings, cells)
 
 
 def _cell(value: Any) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 import PIL
 import torch
 from PIL import features
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from norm_matters.core.errors import StorageError
@@ -50,10 +50,12 @@ def read_cached(key: str) -> tuple[Tensor, str] | None:
     None where there is nothing, or nothing whole.
     """
     try:
-        # Read, not mapped: the pages of a file that is cut short while it is mapped would end the process.
-        tensors = load(_file(key).read_bytes())
-        pixels, digest = tensors["nhwc"], bytes(tensors["digest"].tolist()).decode()
-        if pixels.dtype == torch.uint8 and pixels.ndim == 4 and int(tensors["crc32"]) == _crc32(pixels, digest):
+        with safe_open(_file(key), "pt") as tensors:
+            # Copied: the file is mapped, and somebody who cuts it short would end a process that reads it later.
+            pixels = tensors.get_tensor("nhwc").clone()
+            digest = bytes(tensors.get_tensor("digest").tolist()).decode()
+            crc32 = int(tensors.get_tensor("crc32"))
+        if pixels.dtype == torch.uint8 and pixels.ndim == 4 and crc32 == _crc32(pixels, digest):
             return pixels.permute(0, 3, 1, 2), digest
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         pass

@@ -79,16 +79,17 @@ def decode_reduced(
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(f"{name}: {image.width}x{image.height} pixels; 50 megapixels are the limit")
-                full = image.size
+                width, height = image.size
                 if isinstance(image, JpegImageFile):
-                    factor = reduction(*(full[::-1] if _orientation(image) in TURNED else full))
+                    turned = _orientation(image) in TURNED
+                    factor = reduction(height, width) if turned else reduction(width, height)
                     if factor > 1:
-                        image.draft(None, (image.width // factor, image.height // factor))
+                        image.draft(None, (width // factor, height // factor))
                 image.load()
                 orientation = _orientation(image)
                 upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
                 decoded = _to_mode(upright, "RGB" if channels == 3 else "L", name)
-                return decoded, full[::-1] if orientation in TURNED else full
+                return decoded, (height, width) if orientation in TURNED else (width, height)
     except Image.UnidentifiedImageError:
         raise UserError(f"{name}: no image of a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:

@@ -115,12 +115,12 @@ def _read(files: Sequence[Path], image: str, label: str) -> _Part:
         except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{file} cannot be read: {_line(error)}") from None
         title = file.name
-        for row, value in enumerate(values):
-            name = f"{title}, row {row}"
-            if not isinstance(value, int | str):
+        names = [f"{title}, row {row}" for row in range(len(values))]
+        for value, name in zip(values, names, strict=True):
+            if not isinstance(value, (int, str)):
                 raise UserError(f"{file.parent / name}: label '{value}' is neither a number nor text")
-            part.labels.append(value)
-            part.names.append(name)
+        part.labels.extend(values)
+        part.names.extend(names)
     return part
 
 
@@ -149,12 +149,11 @@ def _classes(labels: list[int | str]) -> tuple[str, ...]:
 
 def _numbers(part: _Part, classes: tuple[str, ...], root: Path) -> np.ndarray:
     """The labels as numbers; UserError for a text that is no class."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = []
-    for label, name in zip(part.labels, part.names, strict=True):
-        if isinstance(label, str) and label not in numbers:
-            raise UserError(f"{root / name}: label '{label}' is none of the {len(classes)} classes")
-        labels.append(numbers[label] if isinstance(label, str) else label)
+    numbers: dict[int | str, int] = {name: number for number, name in enumerate(classes)}
+    labels = [numbers.get(label, -1) if isinstance(label, str) else label for label in part.labels]
+    for label, text, name in zip(labels, part.labels, part.names, strict=True):
+        if label == -1 and isinstance(text, str):
+            raise UserError(f"{root / name}: label '{text}' is none of the {len(classes)} classes")
     return np.array(labels, dtype=np.int64)
 
 

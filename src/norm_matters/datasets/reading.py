@@ -88,7 +88,7 @@ class Reading:
         self.workers = workers
         self.images = images
         # Which image each worker is on, -1 for none: written there, read here when one does not answer any more.
-        self._places = multiprocessing.RawArray(ctypes.c_int64, [-1] * workers) if workers else [-1]
+        self._places: Any = multiprocessing.RawArray(ctypes.c_int64, [-1] * workers) if workers else [-1]
         self._work: list[_Item] = []
         reader = _Reader(images, preprocessing, self._places, train=train, seed=seed, transform=transform)
         with warnings.catch_warnings():

@@ -119,6 +119,13 @@ class Statistic(abc.ABC):
 
     centred: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A statistic made from another one, measuring something else, is not what the kernels know by its name."""
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "estimator" not in own and own.keys() & {"measure", "slope", "centred"}:
+            cls.estimator = Statistic.estimator  # type: ignore[method-assign]
+
     @property
     def estimator(self) -> Estimator | None:
         """What the kernels call it; None where they do not know it."""

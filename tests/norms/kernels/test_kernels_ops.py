@@ -8,6 +8,9 @@ from norm_matters.core.errors import UserError
 from norm_matters.norms import create_norm
 from norm_matters.norms.kernels import dispatch, ops, reference
 from norm_matters.norms.kernels.estimator import Estimator
+from norm_matters.norms.l1 import L1Statistic
+from norm_matters.norms.l2 import L2Statistic
+from norm_matters.norms.rms import RmsStatistic
 
 ESTIMATORS = [Estimator("l2"), Estimator("l1", 1.2533), Estimator("topk", 0.4, 3), Estimator("topk", 0.3, 1)]
 ESTIMATORS.append(Estimator("mean"))
@@ -155,6 +158,20 @@ def test_norms_go_through_transforms_of_functions():
         twin = x[0].clone().requires_grad_()
         norm(twin).pow(3).sum().backward()
         torch.testing.assert_close(gradient, twin.grad)
+
+
+def test_a_statistic_made_from_another_has_no_kernel():
+    """Unless it says so: it would be measured as what it is made from."""
+
+    class Uncentred(L2Statistic):
+        centred = False
+
+    class Named(L1Statistic):
+        pass
+
+    assert Uncentred().estimator is None
+    assert RmsStatistic().estimator is None
+    assert Named(2.0).estimator == Estimator("l1", 2.0)
 
 
 def test_a_dispatch_mode_sees_the_operation():

@@ -1,8 +1,8 @@
 """The kernels for CPUs: C, in `c/`, built when the package is installed and called through ctypes.
 
-Plain functions on addresses: no headers of torch or Python, and the interpreter's lock is free while they run. They work
-on torch's own pool of OpenMP threads, as many as `torch.get_num_threads()` says. The best instructions the machine has
-are chosen at run time; the environment variable NORM_MATTERS_SIMD (`avx512`, `avx2`, `baseline`) asks for others.
+Plain functions on addresses: no headers of torch or Python, and the interpreter's lock is free while they run. They
+work on torch's own pool of OpenMP threads, as many as `torch.get_num_threads()` says. The best instructions the machine
+has are chosen at run time; the environment variable NORM_MATTERS_SIMD (`avx512`, `avx2`, `baseline`) asks for others.
 """
 
 import ctypes
@@ -65,7 +65,7 @@ def forward(
         relu: whether max(., 0) comes last.
 
     Returns:
-        y (shape, dtype and layout of x) and stats, float32 (5, C): mean, sigma, the sum over sigma's slope, zeros, zeros.
+        y (shape, dtype and layout of x) and stats, float32 (5, C): mean, sigma, sum of sigma's slope, zeros, zeros.
     """
     y = torch.empty_like(x)
     stats = torch.empty(_STATS_ROWS, x.shape[1])
@@ -165,7 +165,7 @@ def backward(
 
 
 def simd_names() -> list[str]:
-    """The instruction sets that the kernels can use on this machine, the best first; none where there are no kernels."""
+    """The instruction sets that the kernels can use here, the best first; none where there are no kernels."""
     if isinstance(_library(), str):
         return []
     before = current_simd()
