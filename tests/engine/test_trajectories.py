@@ -53,6 +53,12 @@ def step(state: TrainingState, number: int, dtype: torch.dtype, **options: Any) 
     return meter.scores().loss, [p.grad.clone() for p in state.module.parameters() if p.grad is not None]
 
 
+def distance(gradients: list[Tensor], truth: list[Tensor]) -> float:
+    """How far from the truth, relative to its length."""
+    found, true = (torch.cat([part.double().flatten() for part in several]) for several in (gradients, truth))
+    return float((found - true).norm() / true.norm())
+
+
 def statistics(module: nn.Module) -> list[Tensor]:
     return [buffer.clone() for name, buffer in module.named_buffers() if "running" in name]
 
@@ -62,15 +68,17 @@ def statistics(module: nn.Module) -> list[Tensor]:
 def test_one_step_from_twenty_states_agrees_with_the_reference(spec, dtype):
     """Loss, gradients and statistics. The kernels lead; the reference starts anew from each state."""
     state, twin = (make_state(norm_factory(spec), dtype) for _ in range(2))
-    tolerance = 1e-3 if dtype == torch.float32 else 0.2
+    exact = make_state(norm_factory(spec), torch.float64)
     for number in range(20):
-        twin.module.load_state_dict(state.module.state_dict())
+        for other in (twin, exact):
+            other.module.load_state_dict(state.module.state_dict())
+        _, truth = step(exact, number, torch.float64)
         with dispatch.kernels("reference"):
             expected_loss, expected = step(twin, number, dtype)
         loss, found = step(state, number, dtype)
         assert loss == pytest.approx(expected_loss, rel=1e-5 if dtype == torch.float32 else 0.02)
-        for one, other in zip(found, expected, strict=True):
-            assert (one - other).norm() <= tolerance * other.norm()
+        # Roundings in a network of several layers grow to what the reference has of them; kernels have no more.
+        assert distance(found, truth) <= 1.5 * distance(expected, truth) + torch.finfo(dtype).eps
         for one, other in zip(statistics(state.module), statistics(twin.module), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4 if dtype == torch.float32 else 0.05, atol=1e-3)
 

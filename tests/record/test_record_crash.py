@@ -20,6 +20,12 @@ from norm_matters.record import find_checkpoint, latest_checkpoint, load_checkpo
 PRIMITIVES = {"open", "write", "fsync", "replace", "rename", "mkdir", "makedirs", "symlink", "unlink", "ftruncate"}
 
 
+def _unlink_one(folder: Path) -> None:
+    """A removal that got as far as its first file; a folder may be empty, where a kill came before its first."""
+    for file in list(folder.iterdir())[:1]:
+        file.unlink()
+
+
 class KilledError(BaseException):
     """The process is gone: nothing catches this, and whatever cleans up on its way fails in the same manner."""
 
@@ -55,7 +61,7 @@ class Disk:
 
     def rmtree(self, path, ignore_errors):
         assert ignore_errors
-        self._touch("rmtree", str(path), lambda: [next(iter(Path(path).iterdir())).unlink()], silent=True)
+        self._touch("rmtree", str(path), lambda: _unlink_one(Path(path)), silent=True)
         shutil.rmtree(path, ignore_errors=True)
 
     def _touch(self, name, path, half, silent=False):

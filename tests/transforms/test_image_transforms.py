@@ -154,6 +154,17 @@ def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
+def test_the_part_is_chosen_in_the_full_size():
+    image, full = gradient(13, 7), (101, 53)
+    for index in range(200):
+        left, top, right, bottom = _in_reduced(_random_box(full, seed=0, epoch=0, index=index), full, image.size)
+        part = inception_crop(image, max(right - left, bottom - top), seed=0, epoch=0, index=index, full_size=full)
+        # Red and green begin where the part does, and end with it.
+        colours = np.asarray(image)[top:bottom, left:right].reshape(-1, 3)
+        assert (part.amin((1, 2)).numpy() == colours.min(0)).all()
+        assert (part.amax((1, 2)).numpy() == colours.max(0)).all()
+
+
 def test_seeded_repeats_and_restores_all_streams():
     seed_everything(1)
     before = draws()

@@ -7,6 +7,7 @@ CPU. torch gets one thread, so that what is compared is the work and not the num
 """
 
 import csv
+import importlib
 import io
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -281,9 +282,7 @@ def _torchvision() -> Any:
 
 def _v2() -> Any:
     _torchvision()
-    from torchvision.transforms import v2
-
-    return v2
+    return importlib.import_module("torchvision.transforms.v2")
 
 
 @contextmanager

@@ -294,11 +294,12 @@ class _Normalise(Function):
             else:
                 u = deviations.of(x[places], mean[:, None]).sign()
                 offset -= factor * u.sum(1, dtype=wide)
-        dx = torch.empty_like(x, dtype=wide)
+        # In the layout of x. (The compiler, which takes no `out` but contiguous ones, sees to that itself.)
+        dx = None if torch.compiler.is_compiling() else torch.empty_like(x, dtype=wide)
         if ctx.statistic.centred:
-            torch.addcmul(per_channel(offset / ctx.n, x), g, per_channel(r * scale, x), out=dx)
+            dx = torch.addcmul(per_channel(offset / ctx.n, x), g, per_channel(r * scale, x), out=dx)
         else:
-            torch.mul(g, per_channel(r * scale, x), out=dx)
+            dx = torch.mul(g, per_channel(r * scale, x), out=dx)
         if factor is not None and u is not None:
             if places is None:
                 dx.addcmul_(u, per_channel(factor, x))
