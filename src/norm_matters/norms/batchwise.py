@@ -6,6 +6,7 @@ every batch norm here is a batch norm: its checkpoints, its absorption and its e
 """
 
 import abc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from norm_matters.norms.base import AFFINE_OPTIONS, AffineNorm, Capability, activate
 from norm_matters.norms.memory import is_remaking
@@ -196,10 +198,16 @@ class BatchwiseNorm(AffineNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.num_batches_rejected is not None
+        # A finite sum is one of finite numbers. On a CPU the answer costs nothing, and most of what follows is saved.
+        share = self.momentum
+        if share is not None and _is_at_hand(mean) and math.isfinite((mean.sum() + var.sum()).item()):
+            self.num_batches_tracked.add_(1)
+            for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+                running.mul_(1 - share).add_(share * batch.to(running.dtype))
+            return
         accept = torch.isfinite(mean).all() & torch.isfinite(var).all()
         self.num_batches_tracked.add_(accept)
         self.num_batches_rejected.add_(~accept)
-        share = self.momentum
         if share is None:
             share = 1 / self.num_batches_tracked.clamp(min=1).to(self.running_mean.dtype)
         for running, batch in ((self.running_mean, mean), (self.running_var, var)):
@@ -239,6 +247,16 @@ class BatchwiseNorm(AffineNorm):
         if self.num_batches_tracked is not None and (local_metadata.get("version") or 1) < 2:
             state_dict.setdefault(key, torch.zeros((), dtype=torch.long))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
+
+def _is_at_hand(x: Tensor) -> bool:
+    """Whether the numbers of a tensor can be asked for without waiting, or being traced."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not is_functorch_wrapped_tensor(x)
+    )
 
 
 def recomputing() -> bool:
