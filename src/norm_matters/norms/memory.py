@@ -134,7 +134,7 @@ def keep(tensor: Tensor | None) -> Any:
     if output is None or output._version != offered.version or output.dtype != tensor.dtype:
         return tensor
     offered.remake.uses += 1
-    return _Omitted(offered.remake, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    return _Omitted(offered.remake, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 def fetch(held: Any) -> Any:
