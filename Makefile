@@ -36,6 +36,7 @@ clean:
 	$(PIP) -e .
 	touch $@
 
-.venv/installed-dev: .venv/installed
+# Not after `installed`: that would compile the C kernels twice.
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt $(C_SOURCES)
 	$(PIP) -e '.[dev]'
-	touch $@
+	touch .venv/installed $@

@@ -262,6 +262,15 @@ class Trouble(Images):
         return ""
 
 
+@pytest.fixture
+def no_handler_of_torchs():
+    """torch leaves a handler behind once anybody in the process has used a DataLoader of its own with workers."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("no_handler_of_torchs")
 @pytest.mark.parametrize("bad", [1, 5, 17])
 @pytest.mark.parametrize(("what", "words"), [("exit", "exited with status 3"), ("hang", "timed out: no batch for 1 s")])
 def test_the_worker_and_the_image_are_named(monkeypatch, what, words, bad):
@@ -286,6 +295,7 @@ def test_the_worker_and_the_image_are_named(monkeypatch, what, words, bad):
     assert worker_pids(loader) == []
 
 
+@pytest.mark.usefixtures("no_handler_of_torchs")
 def test_a_worker_that_dies_outside_an_image_is_named_alone(monkeypatch):
     loader = Loader(Trouble(-1, ""), PLAN, batch_size=4, train=False, seed=0, workers=1)
     batches = loader.epoch(0)

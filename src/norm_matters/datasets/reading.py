@@ -141,6 +141,9 @@ class Reading:
         with _on_death(signal.SIG_DFL):
             for worker in iterator._workers:
                 worker.kill()
+            # A worker may have been killed while it held the lock of the event that says that all is done, and whoever
+            # sets the event would wait for that lock. Nobody is left who looks at it.
+            iterator._workers_done_event = threading.Event()
             iterator._shutdown_workers()
         self._loader._iterator = None
 
