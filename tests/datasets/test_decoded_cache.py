@@ -88,6 +88,17 @@ def test_what_the_pixels_follow_from_changes_the_key(tmp_path, cache):
     assert set(cache.iterdir()) == kept
 
 
+def test_the_digest_follows_the_numbers_that_other_files_give_the_labels(tmp_path):
+    labels = ("cat", "dog", "dog", "cat")
+    name = write_set(tmp_path / "set", labels=labels, names=["cat", "dog"])
+    before, untouched = load(name).val, (tmp_path / "set" / "test.parquet").read_bytes()
+    write_set(tmp_path / "set", labels=labels, names=["dog", "cat"])
+    (tmp_path / "set" / "test.parquet").write_bytes(untouched)
+    after = load(name).val
+    assert after.labels.tolist() == (1 - before.labels).tolist()
+    assert after.digest() == ResidentImages(after.pixels, after.labels, title="").digest()
+
+
 def test_the_key_follows_from_contents_version_and_facts(tmp_path, monkeypatch):
     for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / name).write_bytes(content)
