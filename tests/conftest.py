@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Two test processes on two cores: one thread each is fastest, and results depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,3 +35,18 @@ def command() -> Callable[..., subprocess.Popen]:
 def digest() -> Callable[[Path], str]:
     """SHA-256 of a file."""
     return lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train` and `val` with images of ten colours in noise: files, which workers decode."""
+    root, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 40), ("val", 8)):
+        for label in range(10):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            colour = np.array([label * 20, 200 - label * 20, 100])
+            for number in range(count):
+                pixels = (colour + draw.normal(0, 30, (20, 20, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root

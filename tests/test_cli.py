@@ -274,10 +274,11 @@ def test_our_own_mistakes_show_a_traceback(capsys: pytest.CaptureFixture[str], m
     assert "AssertionError: cannot be" in error
 
 
-def test_ctrl_c_ends_with_a_record_and_130(command: Callable, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_a_record_and_130(command: Callable, image_folder: Path, tmp_path: Path) -> None:
     # A process group of its own: Ctrl-C reaches the workers too.
+    images = [f"--dataset=imagefolder:{image_folder}", "data.input_size=16", "data.workers=1"]
     process = command(
-        "train", "--epochs=500", "--output", str(tmp_path), "--name=long", "data.workers=1", start_new_session=True
+        "train", *images, "--epochs=500", "--output", str(tmp_path), "--name=long", start_new_session=True
     )
     line = ""
     while not line.startswith("epoch 1/"):

@@ -43,9 +43,10 @@ def model(num_classes, in_channels):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "own.py").write_text(MODEL)
+    (folder / "images").symlink_to(image_folder)
     return folder
 
 
@@ -53,7 +54,9 @@ def settings(folder: Path, name: str, epochs: int = 6, workers: int = 0) -> list
     return [
         f"model.name={folder / 'own.py'}",
         "model.norm=l1",
-        "data.name=random",
+        f"data.name=imagefolder:{folder / 'images'}",
+        "data.input_size=16",
+        "data.batch_size=64",
         f"data.workers={workers}",
         f"train.epochs={epochs}",
         "deterministic=true",

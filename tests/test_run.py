@@ -58,10 +58,12 @@ def test_another_seed_gives_other_weights(finished: RunResult, tmp_path: Path) -
     assert not same(weights(run(tmp_path, "model.norm=l1", "seed=1").folder), weights(finished.folder))
 
 
-def test_workers_and_the_display_do_not_change_the_result(finished: RunResult, tmp_path: Path) -> None:
+def test_workers_and_the_display_do_not_change_the_result(image_folder: Path, tmp_path: Path) -> None:
     events = []
-    other = run(tmp_path, "model.norm=l1", "data.workers=2", on_progress=events.append)
-    assert same(weights(other.folder), weights(finished.folder))
+    images = [f"data.name=imagefolder:{image_folder}", "data.input_size=16", "model.norm=l1"]
+    plain = run(tmp_path, *images, "data.workers=0")
+    other = run(tmp_path, *images, "data.workers=2", on_progress=events.append)
+    assert same(weights(other.folder), weights(plain.folder))
     assert [event.kind for event in events if event.kind != "batch"] == ["start", "epoch", "epoch"]
 
 

@@ -19,6 +19,7 @@ from norm_matters.models.user_file import describe_error, load_user_model
 from norm_matters.norms import (
     canonical_spec,
     convert_norm,
+    fuse_activations,
     has_spec,
     kinds_to_convert,
     name_norms,
@@ -164,6 +165,7 @@ def _build_own(config: ModelConfig, num_classes: int, in_channels: int) -> Built
     factory = norm_factory(config.norm, stats_dtype=config.norm_precision)
     options = read_options(entry.build, config.options)
     module = entry.build(num_classes=num_classes, in_channels=in_channels, norm=factory, **options)
+    fuse_activations(module)
     record = None
     if config.pretrained is True:
         if entry.published is None:
