@@ -7,14 +7,16 @@ import sys
 
 import pytest
 
-HEAVY = ["torch", "torchvision", "timm", "bokeh", "pandas", "sklearn"]
+HEAVY = ["torch", "torchvision", "timm", "bokeh", "pandas", "sklearn", "scipy", "submitit", "ray"]
 ROOMS = [
     "bench",
     "core",
     "datasets",
     "engine",
+    "experiments",
     "models",
     "norms",
+    "packing",
     "record",
     "regimes",
     "report",
@@ -37,6 +39,8 @@ def loaded_after(statements: str, suspects: list[str]) -> list[str]:
         "import norm_matters; dir(norm_matters)",
         "from norm_matters.cli import main; assert main(['--help']) == 0",
         "from norm_matters.cli import main; assert main(['train', '--help']) == 0",
+        "from norm_matters.cli import main; assert main(['data', 'pack', '--help']) == 0",
+        "from norm_matters.cli import main; assert main(['sweep', '--help']) == 0",
         "from norm_matters.cli import main; assert main(['list', 'datasets']) == 0",
     ],
 )

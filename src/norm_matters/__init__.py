@@ -10,6 +10,7 @@ from norm_matters.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from norm_matters.engine.instruments.invariance import scale_invariant_weights
+    from norm_matters.experiments import sweep
     from norm_matters.inference import evaluate, load_run, predict
     from norm_matters.models import create_model
     from norm_matters.norms import (
@@ -45,16 +46,30 @@ __all__ = [
     "resume",
     "saving_memory",
     "scale_invariant_weights",
+    "sweep",
     "sync_norm",
     "train",
     "unfreeze_norm",
 ]
 
-_ROOMS = ("core", "datasets", "engine", "models", "norms", "record", "regimes", "report", "transforms", "weights")
+_ROOMS = (
+    "core",
+    "datasets",
+    "engine",
+    "experiments",
+    "models",
+    "norms",
+    "record",
+    "regimes",
+    "report",
+    "transforms",
+    "weights",
+)
 _name = lazy_attributes(
     __name__,
     {
         "engine.instruments.invariance": ("scale_invariant_weights",),
+        "experiments": ("sweep",),
         "inference": ("evaluate", "load_run", "predict"),
         "models": ("create_model",),
         "norms": (

@@ -15,7 +15,7 @@ from norm_matters.report.page import Html, note, numbers_table, page, section, t
 from norm_matters.report.plots import Curve, Panel, Series, draw, drawable, legend, value_text
 from norm_matters.report.read import read_run, show
 
-_PANELS = {
+PANELS = {
     "val_error1": "Validation error@1 (%)",
     "val_loss": "Validation loss",
     "train_error1": "Training error@1 (%)",
@@ -82,14 +82,14 @@ def compare(runs: Sequence[Path], output: Path) -> Comparison:
 def _page(groups: Sequence[Group], rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> bytes:
     """The page of the groups, their rows of the table, and notes."""
     series = [Series(group.label, index) for index, group in enumerate(groups)]
-    panels = [_panel(metric, groups, series) for metric in _PANELS]
+    panels = [group_panel(metric, groups, series) for metric in PANELS]
     elements, scripts = draw([panel for panel in panels if drawable(panel)])
     count = sum(len(group.runs) for group in groups)
     subtitle = f"{_count(len(groups), 'group')}: runs that differ in the seed only are taken together"
     sections = [
         *map(note, notes),
         section("Last epoch", _last_epochs(series, rows), tag("p", _TABLE_REMARK, class_="soft")),
-        *_curves(groups, series, elements),
+        *curves_section(groups, series, elements),
         section("Settings that differ", _differences(groups, series)),
         section("Runs", _members(groups)),
     ]
@@ -100,16 +100,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _panel(metric: str, groups: Sequence[Group], series: Sequence[Series]) -> Panel:
-    """The plot of one metric: a line per group, with a band where the group has several runs."""
+def group_panel(metric: str, groups: Sequence[Group], series: Sequence[Series]) -> Panel:
+    """The plot of one metric of `PANELS`: a line per group, with a band where the group has several runs."""
     curves = []
     for group, item in zip(groups, series, strict=True):
         epochs, (mean, low, high) = group.curve(metric)
         curves.append(Curve(item, epochs, mean, *((low, high) if len(group.counted) > 1 else ())))
-    return Panel(_PANELS[metric], curves)
+    return Panel(PANELS[metric], curves)
 
 
-def _curves(groups: Sequence[Group], series: Sequence[Series], elements: Sequence[Html]) -> list[Html]:
+def curves_section(groups: Sequence[Group], series: Sequence[Series], elements: Sequence[Html]) -> list[Html]:
+    """The section of the drawn panels, with their legend."""
     if not elements:
         return [note("No run has ended an epoch: there is nothing to draw.")]
     text = "Line: the mean of the group's runs. Band: from their minimum to their maximum."

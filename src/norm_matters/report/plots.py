@@ -198,7 +198,7 @@ def empty_plot(epochs: Range1d, *, log: bool = False, **options: Any) -> figure:
     plot = figure(
         sizing_mode="stretch_width",
         x_range=epochs,
-        y_axis_type="log" if log else "linear",
+        y_axis_type="log" if log else "auto",  # linear, or a name at each tick
         x_axis_label="epoch",
         tools="xbox_zoom,xpan,reset,save",
         # No tool takes over dragging and the wheel before it is asked to: on a phone they scroll the page.

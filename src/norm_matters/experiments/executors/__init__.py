@@ -1,0 +1,16 @@
+"""Where the processes of a sweep run: this machine, SLURM (submitit) or ray. One small protocol for all."""
+
+from typing import TYPE_CHECKING
+
+from norm_matters.core.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from norm_matters.experiments.executors.base import Executor, Job, Task
+    from norm_matters.experiments.executors.choose import EXECUTORS, Placement, make_executor, parallel_runs
+
+__all__ = ["EXECUTORS", "Executor", "Job", "Placement", "Task", "make_executor", "parallel_runs"]
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {"base": ("Executor", "Job", "Task"), "choose": ("EXECUTORS", "Placement", "make_executor", "parallel_runs")},
+)

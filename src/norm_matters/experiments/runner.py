@@ -1,0 +1,184 @@
+"""Runs cells through an executor until each is done or has failed, whoever else works on the same folder."""
+
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from norm_matters.experiments.cells import Cell
+from norm_matters.experiments.executors.base import Executor, Job, Task, thread_variables
+from norm_matters.experiments.locks import IN_USE, holder
+from norm_matters.experiments.standing import LOCKS, Standing, Status, is_done, lock_path, log_path, read_rows
+from norm_matters.experiments.summary import Outcome
+from norm_matters.record.files import make_folder
+
+POLL = 0.2
+"""Seconds between two looks at the jobs."""
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass
+class Run:
+    """A cell on its way.
+
+    Attributes:
+        status: where it stands.
+        rows: of its results.csv, as last read.
+        started: time (monotonic) of its start here; None before that.
+        found: epochs that it had when the sweep began.
+        error: the last error line and where the log is.
+        starts: how often it was started here.
+        holder: who trains it, where that is not this sweep.
+    """
+
+    cell: Cell
+    status: Status
+    rows: list[dict[str, Any]]
+    found: int
+    started: float | None = None
+    error: str = ""
+    starts: int = 0
+    holder: str | None = None
+    job: Job | None = field(default=None, repr=False)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return int(self.rows[-1]["epoch"]) if self.rows else 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.status in ("done", "failed")
+
+    def outcome(self) -> Outcome:
+        """How it ended, or how far it came."""
+        return Outcome(self.cell, self.status, self.rows, self.error)
+
+
+OnChange = Callable[[Sequence[Run], Run | None], None]
+"""Called with all runs, and with the one whose status has changed; with None now and then, for what is measured."""
+
+
+def runs_of(standings: Sequence[Standing]) -> list[Run]:
+    """What a sweep begins with."""
+    return [
+        Run(standing.cell, standing.status, standing.rows, len(standing.rows), holder=standing.holder)
+        for standing in standings
+    ]
+
+
+def run_cells(
+    runs: Sequence[Run],
+    output: Path,
+    executor: Executor,
+    *,
+    threads: int = 1,
+    retries: int = 0,
+    on_change: OnChange | None = None,
+) -> None:
+    """Bring all runs to their end; those that another process trains are waited for, and taken over if it dies.
+
+    Args:
+        runs: changed in place; whatever ends this function, they tell how far each came.
+        output: folder of the runs.
+        threads: of each process.
+        retries: how often a run that failed is started again.
+
+    Raises:
+        KeyboardInterrupt: passed on, after the processes have been ended cleanly.
+    """
+    make_folder(output / LOCKS)
+    environment = thread_variables(threads)
+    waiting = deque(run for run in runs if run.status in ("new", "cut off"))
+    tell = on_change or (lambda _runs, _run: None)
+    try:
+        while not all(run.ended for run in runs):
+            active = [run for run in runs if run.job]
+            while waiting and len(active) < executor.capacity:
+                run = waiting.popleft()
+                run.job = executor.start(_task(run.cell, output, environment))
+                run.starts, run.started = run.starts + 1, time.monotonic()
+                run.status = "queued"
+                active.append(run)
+                tell(runs, run)
+            for run in active:
+                if _look_at_job(run, output, retries):
+                    tell(runs, run)
+                if run.status in ("new", "cut off"):
+                    waiting.append(run)
+            for run in runs:
+                if run.status == "elsewhere" and _look_elsewhere(run, output):
+                    tell(runs, run)
+                    if run.status == "cut off":
+                        waiting.append(run)
+            tell(runs, None)
+            # Many jobs are looked at less often: their files may lie on a disk that many share.
+            time.sleep(max(POLL, 0.02 * len(active)))
+    except BaseException:
+        active = [run for run in runs if run.job]
+        executor.stop([run.job for run in active if run.job])
+        for run in active:
+            run.job = None
+            run.rows = read_rows(output / run.cell.name)
+            run.status = "done" if is_done(output / run.cell.name, run.cell.epochs) else "cut off"
+        raise
+
+
+def _look_at_job(run: Run, output: Path, retries: int) -> bool:
+    """Bring a run up to date with its job; whether its status has changed."""
+    folder, before = output / run.cell.name, run.status
+    assert run.job
+    # Asked before the files are read: what has ended writes nothing more.
+    exit_status = run.job.status()
+    run.rows = read_rows(folder)
+    if exit_status is None:
+        run.status = "running" if folder.is_dir() else "queued"
+        return run.status != before
+    run.job = None
+    if is_done(folder, run.cell.epochs):
+        run.status, run.error = "done", ""
+    elif exit_status == IN_USE:
+        run.status, run.holder = "elsewhere", holder(lock_path(output, run.cell))
+    else:
+        run.error = _last_error(log_path(output, run.cell), exit_status)
+        run.status = "failed" if run.starts > retries else "cut off"
+    return True
+
+
+def _look_elsewhere(run: Run, output: Path) -> bool:
+    """See whether a run that another process trains is done, or free; whether its status has changed."""
+    folder = output / run.cell.name
+    run.rows = read_rows(folder)
+    run.holder = holder(lock_path(output, run.cell))
+    if run.holder:
+        return False
+    run.status = "done" if is_done(folder, run.cell.epochs) else "cut off"
+    return True
+
+
+def _task(cell: Cell, output: Path, environment: Mapping[str, str]) -> Task:
+    output = output.resolve()
+    options = ("--epochs", str(cell.epochs), "--lock", str(lock_path(output, cell)), str(output / cell.name))
+    return Task(cell.name, (*options, *cell.overrides()), environment, str(log_path(output, cell)), os.getcwd())
+
+
+def _last_error(log: Path, exit_status: int) -> str:
+    """The last line that tells of an error, else the last line, with the exit status and the place of the log."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - 65536))
+            lines = [_ANSI.sub("", line).strip() for line in stream.read().decode(errors="replace").splitlines()]
+    except OSError:
+        lines = []
+    lines = [line for line in lines if line]
+    # Only what came after the last start: a log has all of them.
+    starts = [index for index, line in enumerate(lines) if ": norm-matters train " in line]
+    lines = lines[starts[-1] + 1 :] if starts else lines
+    told = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["it printed nothing"]
+    how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
+    return f"{told[-1].removeprefix('error: ')} ({how}; {log})"
