@@ -40,16 +40,22 @@ for _name, _module, _summary in (
     ("cifar100", "cifar", "60,000 photographs, 32x32 RGB, 100 classes"),
     ("svhn", "svhn", "99,289 house numbers, 32x32 RGB, 10 classes"),
     ("stl10", "stl10", "13,000 photographs, 96x96 RGB, 10 classes"),
-    ("imagenet", "folder", "ILSVRC 2012 as train/ and val/ class folders (get it yourself), 1,000 classes"),
+    ("imagenet", "imagenet", "ILSVRC 2012, as its archives or Kaggle's unpack (get it yourself), 1,000 classes"),
     ("imagefolder", "folder", "imagefolder:DIR, your images: DIR/train/CLASS/* and DIR/val/CLASS/*, or DIR/CLASS/*"),
     ("parquet", "parquet", "parquet:DIR_OR_FILE, Hugging Face image layout: train*.parquet and test*|validation*"),
+    (
+        "webdataset",
+        "webdataset",
+        "webdataset:PATTERN, tar shards: a folder, train-{000..146}.tar, or {train,val}-*.tar",
+    ),
+    ("hf", "huggingface", "hf:ORG/NAME[:CONFIG], images in the local Hugging Face cache; --download fetches them"),
     ("random", "noise", "generated noise, 32x32 RGB, 10 classes; for benchmarks"),
 ):
     _attribute = f"{_name.upper().replace('-', '_')}"
     DATASETS.register(_name, f"{__name__}.{_module}:{_attribute}", summary=_summary)
 
 # The sources whose name goes on after a colon, and what stands there.
-ARGUMENTS = {"imagefolder": "DIR", "parquet": "DIR_OR_FILE"}
+ARGUMENTS = {"imagefolder": "DIR", "parquet": "DIR_OR_FILE", "webdataset": "PATTERN", "hf": "ORG/NAME"}
 
 __getattr__ = lazy_attributes(
     __name__,

@@ -23,6 +23,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODED_SIZE = 224
 DEFAULT_HOLDOUT = 0.1
 CHUNK = 256
+MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ class DatasetEntry:
 
     Attributes:
         read: takes the configuration and what follows the colon in the name ("" where nothing does).
+        read_encoded: the same, but leaves encoded what `read` decodes beforehand; None where that is nothing.
     """
 
     read: "Callable[[DataConfig, str], Source]"
+    read_encoded: "Callable[[DataConfig, str], Source] | None" = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def load_dataset(data: "DataConfig", *, seed: int = 0) -> Dataset:
     kind, _, argument = data.name.partition(":")
     source = DATASETS.get(kind).read(data, argument)
     train, val, val_name = _split(source, data.holdout, seed)
-    _check_labels(data.name, source.classes, train, val)
+    check_labels(data.name, source.classes, train, val)
     pad, mean, std = source.pad, IMAGENET_MEAN, IMAGENET_STD
     if isinstance(train, ResidentImages) and isinstance(val, ResidentImages):
         if data.input_size:
@@ -187,6 +190,14 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     return np.flatnonzero(~second), np.flatnonzero(second)
 
 
+def numbered_classes(highest: int) -> tuple[str, ...]:
+    """Names of classes that have none: the numbers up to the highest label.
+
+    A hostile label must not fill the memory with names: from `MAX_CLASSES` on it is out of range.
+    """
+    return tuple(map(str, range(min(highest + 1, MAX_CLASSES))))
+
+
 def _split(source: Source, holdout: float | None, seed: int) -> tuple[Images, Images, str]:
     if holdout is None and source.val is not None:
         return source.train, source.val, source.val_name
@@ -195,7 +206,12 @@ def _split(source: Source, holdout: float | None, seed: int) -> tuple[Images, Im
     return source.train.subset(first), source.train.subset(second), f"holdout {100 * share:g}% of train"
 
 
-def _check_labels(name: str, classes: tuple[str, ...], *parts: Images) -> None:
+def check_labels(name: str, classes: tuple[str, ...], *parts: Images) -> None:
+    """Raise UserError for a part without images, a label that is no class's, and fewer than two classes.
+
+    Args:
+        name: of the dataset, for messages.
+    """
     for part in parts:
         if not len(part):
             raise UserError(f"dataset '{name}': a part of it has no images")

@@ -1,7 +1,6 @@
-"""Folders of images, one per class: a user's own, and ImageNet."""
+"""Folders of images, one per class."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,17 +8,14 @@ import numpy as np
 
 from norm_matters.core.errors import UserError
 from norm_matters.datasets.entry import DatasetEntry, Source
-from norm_matters.datasets.fetch import data_folder, missing
 from norm_matters.datasets.images import EncodedImages
+from norm_matters.datasets.listing import ENDINGS, list_images
 
 if TYPE_CHECKING:
     from norm_matters.core.config import DataConfig
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 # Folders that hold the images to evaluate on, the first that exists; and what to call them.
 VAL_NAMES = {"val": "validation", "validation": "validation", "test": "test"}
-# A line of Kaggle's list of ImageNet's classes: "n01440764 tench, Tinca tinca".
-IMAGENET_NAMES = "LOC_synset_mapping.txt"
 
 
 def read_imagefolder(data: "DataConfig", argument: str) -> Source:
@@ -38,12 +34,12 @@ def read_imagefolder(data: "DataConfig", argument: str) -> Source:
     return read_parts(root, val)
 
 
-def read_parts(root: Path, val: str | None, *, epochs: int = 30) -> Source:
-    """Read ROOT/train and the folder `val` beside it, which must have the same classes."""
-    train, classes = scan(root / "train")
+def read_parts(root: Path, val: str | None, *, epochs: int = 30, keep: bool = False) -> Source:
+    """Read ROOT/train and the folder `val` beside it, which must have the same classes; see `scan`."""
+    train, classes = scan(root / "train", keep=keep)
     if val is None:
         return Source(train=train, val=None, classes=classes, epochs=epochs)
-    images, val_classes = scan(root / val)
+    images, val_classes = scan(root / val, keep=keep)
     if val_classes != classes:
         lacking = {"train": set(val_classes) - set(classes), val: set(classes) - set(val_classes)}
         facts = "; ".join(f"{part} lacks {_some(names)}" for part, names in lacking.items() if names)
@@ -51,10 +47,13 @@ def read_parts(root: Path, val: str | None, *, epochs: int = 30) -> Source:
     return Source(train=train, val=images, classes=classes, val_name=VAL_NAMES[val], epochs=epochs)
 
 
-def scan(root: Path) -> tuple[EncodedImages, tuple[str, ...]]:
+def scan(root: Path, *, keep: bool = False) -> tuple[EncodedImages, tuple[str, ...]]:
     """List the images below each folder in `root`: its name is their class.
 
     Hidden files and files without an image's ending are passed over.
+
+    Args:
+        keep: keep the list for the next time; see `list_images`.
 
     Raises:
         UserError: for no class, a single class, or a class without images.
@@ -64,24 +63,19 @@ def scan(root: Path) -> tuple[EncodedImages, tuple[str, ...]]:
         raise UserError(f"{root} has no folders; there should be one per class")
     if len(classes) == 1:
         raise UserError(f"{root} has one class only ('{classes[0]}'); training needs two or more")
-    names: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = [os.path.relpath(path, root) for path in _images(root / name)]
-        if not found:
-            raise UserError(f"{root / name} has no images ({', '.join(ENDINGS)})")
-        names += found
-        labels += [label] * len(found)
-    return EncodedImages(names, np.array(labels), root=root), classes
-
-
-def _images(folder: Path) -> list[str]:
-    return sorted(
-        os.path.join(where, file)
-        for where, _, files in os.walk(folder)
-        for file in files
-        if file.lower().endswith(ENDINGS) and not _hidden(file)
+    names, sizes = list_images(root, keep=keep)
+    numbers = {name: label for label, name in enumerate(classes)}
+    # A file in `root` itself has no class.
+    labels = np.array(
+        [numbers.get(name.partition("/")[0], -1) if "/" in name else -1 for name in names], dtype=np.int64
     )
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    if not counts.all():
+        raise UserError(f"{root / classes[int(counts.argmin())]} has no images ({', '.join(ENDINGS)})")
+    if (labels < 0).any():
+        chosen = np.flatnonzero(labels >= 0)
+        names, sizes, labels = names.take(chosen), sizes[chosen], labels[chosen]
+    return EncodedImages(names, labels, root=root, sizes=sizes), classes
 
 
 def _hidden(name: str) -> bool:
@@ -93,29 +87,4 @@ def _some(names: set[str]) -> str:
     return ", ".join(f"'{name}'" for name in shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
-def read_imagenet(data: "DataConfig", argument: str) -> Source:
-    """Read `imagenet/{train,val}/CLASS/*` in the data folder, or the same in the folder of `--data-dir` itself.
-
-    Classes have the names in `LOC_synset_mapping.txt` where that file is beside them, else their folders'.
-    """
-    base = data_folder(data)
-    root = base if (base / "train").is_dir() else base / "imagenet"
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            raise missing(root / part, fetched=False)
-    source = read_parts(root, "val", epochs=90)
-    names = _imagenet_names(root / IMAGENET_NAMES)
-    return replace(source, classes=tuple(names.get(folder, folder) for folder in source.classes))
-
-
-def _imagenet_names(path: Path) -> dict[str, str]:
-    """Folder of a class -> its names; empty where the list is missing."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    return {folder: names for folder, _, names in (line.partition(" ") for line in lines)}
-
-
 IMAGEFOLDER = DatasetEntry(read_imagefolder)
-IMAGENET = DatasetEntry(read_imagenet)

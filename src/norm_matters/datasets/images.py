@@ -16,6 +16,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from norm_matters.core.errors import UserError
+from norm_matters.datasets.names import Names
+from norm_matters.datasets.order import Layout
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_PIXELS = 50_000_000
@@ -127,9 +129,11 @@ class Images(ABC):
 
     Attributes:
         labels: int64 (N,), class of each image.
+        layout: how they lie in large files; None where it does not matter in which order they are read.
     """
 
     labels: np.ndarray
+    layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,6 +146,12 @@ class Images(ABC):
         """One image, reduced where that saves work, and its full width and height; see `decode_reduced`."""
         image = self.image(index)
         return image, image.size
+
+    def content(self, index: int) -> bytes:
+        """One image encoded: as it is stored, or pixels as PNG."""
+        buffer = io.BytesIO()
+        self.image(index).save(buffer, "PNG")
+        return buffer.getvalue()
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -211,6 +221,7 @@ class EncodedImages(Images):
         root: folder of the files, or what the bytes were read from.
         channels: 3 (RGB) or 1 (gray).
         contents: the bytes of each image; None where they are in files.
+        sizes: bytes of each file, where they are known.
     """
 
     def __init__(
@@ -221,6 +232,7 @@ class EncodedImages(Images):
         root: Path,
         channels: int = 3,
         contents: Sequence[bytes] | None = None,
+        sizes: np.ndarray | None = None,
     ) -> None:
         assert len(names) == len(labels)
         assert contents is None or len(contents) == len(names)
@@ -229,6 +241,7 @@ class EncodedImages(Images):
         self.root = root
         self.channels = channels
         self.contents = contents
+        self.sizes = sizes
 
     def image(self, index: int) -> Image.Image:
         """Decode one image, mode RGB or L; UserError naming it where that fails."""
@@ -239,15 +252,28 @@ class EncodedImages(Images):
         name = self.name(index)
         return decode_reduced(self.contents[index] if self.contents else name, self.channels, reduction, name=name)
 
+    def content(self, index: int) -> bytes:
+        """The bytes of the file."""
+        if self.contents:
+            return self.contents[index]
+        name = self.name(index)
+        try:
+            return Path(name).read_bytes()
+        except OSError as error:
+            raise UserError(f"{name}: {error.strerror}") from None
+
     def name(self, index: int) -> str:
         """The path."""
         return os.path.join(self.root, self.names[index])
 
     def subset(self, indices: np.ndarray) -> "EncodedImages":
         """The images of those numbers, in that order."""
-        names = [self.names[int(i)] for i in indices]
+        names = self.names.take(indices) if isinstance(self.names, Names) else [self.names[int(i)] for i in indices]
         contents = [self.contents[int(i)] for i in indices] if self.contents else None
-        return EncodedImages(names, self.labels[indices], root=self.root, channels=self.channels, contents=contents)
+        sizes = self.sizes[indices] if self.sizes is not None else None
+        return EncodedImages(
+            names, self.labels[indices], root=self.root, channels=self.channels, contents=contents, sizes=sizes
+        )
 
     def digest(self) -> str:
         """SHA-256 of names and labels, and of the sizes of the files or the contents of the bytes."""
@@ -257,7 +283,8 @@ class EncodedImages(Images):
             if self.contents:
                 digest.update(hashlib.sha256(self.contents[index]).digest())
             else:
-                digest.update(f"{file_size(self.name(index))}\0".encode())
+                size = file_size(self.name(index)) if self.sizes is None else self.sizes[index]
+                digest.update(f"{size}\0".encode())
         return digest.hexdigest()
 
 

@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from norm_matters.core.seeding import generator
+from norm_matters.core.shares import share
 from norm_matters.datasets.images import Images, ResidentImages
+from norm_matters.datasets.order import epoch_order
 from norm_matters.datasets.reading import Reading, Transform, Workers, count_workers
 from norm_matters.transforms.batch import BatchPlan, network_input, plan_batches
 from norm_matters.transforms.preprocessing import Preprocessing
 
 # Images held in memory move to an accelerator when they take no more than this share of what it has free.
 DEVICE_SHARE = 1 / 4
+# Images in a batch of evaluation at most. The batch of training is that of all ranks: too much for one.
+EVALUATION_BATCH = 256
 
 
 class Batch(NamedTuple):
@@ -56,6 +59,10 @@ class Loader:
         device: where batches end up.
         transform: a user's own, PIL to tensor (C, H, W); replaces ours altogether.
         memory_format: of the images.
+        rank: which of the `world` processes this is that train together. In training each gets its share of every
+            batch, so that together they see the batches that one process sees; in evaluation each gets whole batches,
+            in turns, so that every batch is what it is in one process.
+        chunks: how many chunks a training batch is taken in; each rank gets its share of every chunk.
 
     Attributes:
         workers: how many there are.
@@ -73,7 +80,11 @@ class Loader:
         device: str | torch.device = "cpu",
         transform: Transform | None = None,
         memory_format: torch.memory_format = torch.channels_last,
+        rank: int = 0,
+        world: int = 1,
+        chunks: int = 1,
     ) -> None:
+        assert 0 <= rank < world
         self.images = images
         self.preprocessing = preprocessing
         self.batch_size = batch_size
@@ -82,6 +93,9 @@ class Loader:
         self.device = torch.device(device)
         self.transform = transform
         self.memory_format = memory_format
+        self.rank = rank
+        self.world = world
+        self.chunks = chunks
         self._labels: Tensor | None = None
         self._pixels: Tensor | None = None
         self._reading: Reading | None = None
@@ -93,25 +107,24 @@ class Loader:
             )
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """Batches per epoch, of this rank."""
         if self.train:
             return max(1, len(self.images) // self.batch_size)
-        return -(-len(self.images) // self.batch_size)
+        return len(range(self.rank, -(-len(self.images) // self.batch_size), self.world))
 
     def order(self, epoch: int) -> np.ndarray:
         """The numbers of all images in the order of that epoch; int64 (N,)."""
         if not self.train:
             return np.arange(len(self.images))
-        return torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch)).numpy()
+        return epoch_order(len(self.images), self.images.layout, seed=self.seed, epoch=epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from batch `start` on.
+        """This rank's batches of an epoch, from its batch `start` on.
 
         Raises:
             UserError: naming the image, where one cannot be read; and the worker, where one died or got stuck.
         """
-        order = self.order(epoch)
-        chunks = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
+        chunks = self._chunks(epoch)[start:]
         augmented = self.preprocessing if self.train and self.transform is None else None
         plans = plan_batches(chunks, augmented, seed=self.seed, epoch=epoch, device=self.device)
         if self._labels is None:
@@ -124,6 +137,14 @@ class Loader:
         finally:
             if read is not None:
                 read.close()
+
+    def _chunks(self, epoch: int) -> list[np.ndarray]:
+        """The numbers of the images in each of this rank's batches."""
+        order, size = self.order(epoch), self.batch_size
+        if self.train:
+            batches = (order[i * size : (i + 1) * size] for i in range(len(self)))
+            return [share(batch, self.chunks, rank=self.rank, world=self.world) for batch in batches]
+        return [order[i : i + size] for i in range(self.rank * size, len(order), self.world * size)]
 
     def close(self) -> None:
         """End the workers, if there are any; the next epoch starts new ones."""
@@ -150,6 +171,11 @@ class Loader:
         if self.transform is not None:
             return pixels.contiguous(memory_format=self.memory_format)
         return network_input(pixels.permute(0, 3, 1, 2), self.preprocessing, plan, self.memory_format)
+
+
+def evaluation_batch_size(batch_size: int) -> int:
+    """Images per batch of evaluation, in a run that trains on `batch_size`, whatever the number of ranks."""
+    return min(batch_size, EVALUATION_BATCH)
 
 
 def has_room(device: torch.device, needed: int) -> bool:

@@ -3,17 +3,23 @@
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, final, overload
 
 import numpy as np
 import torch
 
 from norm_matters.core.errors import UserError
 from norm_matters.datasets.cache import cache_key, read_cached, write_cached
-from norm_matters.datasets.entry import DatasetEntry, Source
-from norm_matters.datasets.images import EncodedImages, ResidentImages, decode_image, file_size
+from norm_matters.datasets.entry import DatasetEntry, Source, numbered_classes
+from norm_matters.datasets.images import EncodedImages, Images, ResidentImages, decode_image, file_size
+from norm_matters.datasets.manifest import PackedShard, packed_shards, read_manifest
+from norm_matters.datasets.rowgroups import RowGroups, read_groups
+from norm_matters.datasets.stored import LARGE, StoredImages, stored_images
 
 if TYPE_CHECKING:
     from norm_matters.core.config import DataConfig
@@ -39,35 +45,66 @@ class _Part(NamedTuple):
     files: Sequence[Path]
     column: str
     labels: list[int | str]
-    names: list[str]
+    names: "_RowNames"
 
 
-def read_parquet(data: "DataConfig", argument: str) -> Source:
+def read_parquet(data: "DataConfig", argument: str, *, decode: bool = True) -> Source:
     """Read `train*.parquet` with `validation*` or `test*.parquet`, in a folder or its subfolder `data`, or one file.
 
-    A single file gets a holdout. Small images of one size are held in memory decoded, and kept on disk for the next
-    time (see `datasets.cache`), others encoded. Names of classes come from the Hugging Face metadata, or from labels
-    that are text; otherwise they are numbers.
+    A single file gets a holdout. Names of classes come from the Hugging Face metadata, or from labels that are text;
+    otherwise they are numbers.
 
     Args:
         argument: the folder or file; relative to `data.dir` where that is given.
+        decode: see `read_files`.
     """
     path = Path(data.dir or "").expanduser() / Path(argument).expanduser()
-    root = path if path.is_dir() else path.parent
-    train_files, val_files, val_name = _find(path)
+    train_files, val_files, val_name = find_files(path)
+    return read_files(train_files, val_files, val_name, decode=decode)
+
+
+def read_files(train_files: list[Path], val_files: list[Path], val_name: str, *, decode: bool = True) -> Source:
+    """Read parquet files.
+
+    Small images of one size are held in memory decoded, and kept on disk for the next time (see `datasets.cache`).
+    Others stay encoded: read where they lie in files that `data pack` wrote, held in memory up to 1 GiB of files, and
+    beyond that read by row group.
+
+    Args:
+        val_files: none: the training images get a holdout.
+        decode: whether small images are held decoded.
+    """
+    root = train_files[0].parent
     image, label, class_names = _columns(train_files[0])
     parts = [_read(files, image, label) for files in (train_files, val_files) if files]
     classes = class_names or _classes(parts[0].labels)
     labels = [_numbers(part, classes, root) for part in parts]
-    images = _resident(parts, labels, root) or [
-        EncodedImages(part.names, numbers, root=root, contents=list(_contents(part)))
-        for part, numbers in zip(parts, labels, strict=True)
-    ]
+    total = sum(file_size(str(file)) for part in parts for file in part.files)
+    large = total >= LARGE
+    images: Sequence[Images] | None = None
+    if decode and (not large or total <= SMALL_FILE * sum(len(part.names) for part in parts)):
+        images = _resident(parts, labels, root)
+    if images is None:
+        manifest = read_manifest(root)
+        packed = packed_shards(root, manifest) if manifest and manifest.format == "parquet" else {}
+        images = [_encoded(part, numbers, packed, large) for part, numbers in zip(parts, labels, strict=True)]
     val = images[1] if val_files else None
     return Source(train=images[0], val=val, classes=classes, val_name=val_name, pad=4, epochs=30)
 
 
-def _find(path: Path) -> tuple[list[Path], list[Path], str]:
+def _encoded(part: _Part, labels: np.ndarray, packed: dict[str, PackedShard], large: bool) -> Images:
+    known = [packed[file.name] for file in part.files if file.name in packed]
+    if len(known) == len(part.files) and sum(len(one.shard.sizes) for one in known) == len(labels):
+        facts = [
+            f"{file.name} {file_size(str(file))} {one.sha256}" for file, one in zip(part.files, known, strict=True)
+        ]
+        return stored_images(part.files, [one.shard for one in known], facts, labels=labels)
+    if large:
+        return StoredImages(RowGroups(part.files, part.column, read_groups(part.files, part.column)), labels)
+    return EncodedImages(part.names, labels, root=part.files[0].parent, contents=list(_contents(part)))
+
+
+def find_files(path: Path) -> tuple[list[Path], list[Path], str]:
     """The files to train on, those to evaluate on (or none), and what these are."""
     if path.is_file():
         return [path], [], ""
@@ -107,21 +144,43 @@ def _class_names(metadata: bytes | None, label: str) -> tuple[str, ...] | None:
 
 def _read(files: Sequence[Path], image: str, label: str) -> _Part:
     pa, pq = _pyarrow()
-    part = _Part(files, image, [], [])
+    labels: list[int | str] = []
+    rows: list[int] = []
     for file in files:
         try:
             # Not `read_table`, which imports a second of code.
             values = pq.ParquetFile(file).read(columns=[label]).column(label).to_pylist()
         except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{file} cannot be read: {_line(error)}") from None
-        title = file.name
-        names = [f"{title}, row {row}" for row in range(len(values))]
-        for value, name in zip(values, names, strict=True):
+        for row, value in enumerate(values):
             if not isinstance(value, (int, str)):
-                raise UserError(f"{file.parent / name}: label '{value}' is neither a number nor text")
-        part.labels.extend(values)
-        part.names.extend(names)
-    return part
+                raise UserError(f"{file}, row {row}: label '{value}' is neither a number nor text")
+        labels.extend(values)
+        rows.append(len(values))
+    return _Part(files, image, labels, _RowNames(files, rows))
+
+
+@final
+class _RowNames(Sequence[str]):
+    """What to call each row: the file's name and the number in it."""
+
+    def __init__(self, files: Sequence[Path], rows: Sequence[int]) -> None:
+        self.titles = [file.name for file in files]
+        self.ends = list(accumulate(rows))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(len(self))[index]]
+        index = range(len(self))[index]
+        file = bisect_right(self.ends, index)
+        return f"{self.titles[file]}, row {index - (self.ends[file - 1] if file else 0)}"
 
 
 def _contents(part: _Part) -> Iterator[bytes]:
@@ -144,16 +203,18 @@ def _classes(labels: list[int | str]) -> tuple[str, ...]:
     """Names of classes that no metadata give: the labels themselves."""
     texts = {label for label in labels if isinstance(label, str)}
     numbers = [label for label in labels if isinstance(label, int)]
-    return tuple(sorted(texts)) if texts else tuple(map(str, range(max(numbers, default=-1) + 1)))
+    return tuple(sorted(texts)) if texts else numbered_classes(max(numbers, default=-1))
 
 
 def _numbers(part: _Part, classes: tuple[str, ...], root: Path) -> np.ndarray:
     """The labels as numbers; UserError for a text that is no class."""
     numbers: dict[int | str, int] = {name: number for number, name in enumerate(classes)}
     labels = [numbers.get(label, -1) if isinstance(label, str) else label for label in part.labels]
-    for label, text, name in zip(labels, part.labels, part.names, strict=True):
-        if label == -1 and isinstance(text, str):
-            raise UserError(f"{root / name}: label '{text}' is none of the {len(classes)} classes")
+    for row, label in enumerate(labels):
+        if label == -1 and isinstance(text := part.labels[row], str):
+            raise UserError(f"{root / part.names[row]}: label '{text}' is none of the {len(classes)} classes")
+        if not -(2**62) < label < 2**62:
+            raise UserError(f"{root / part.names[row]}: label {label} is out of range")
     return np.array(labels, dtype=np.int64)
 
 
@@ -215,4 +276,4 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-PARQUET = DatasetEntry(read_parquet)
+PARQUET = DatasetEntry(read_parquet, partial(read_parquet, decode=False))

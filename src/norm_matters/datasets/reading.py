@@ -5,6 +5,7 @@ small in containers, and need the worker's help to be opened, for which torch wa
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -101,7 +102,7 @@ class Reading:
                 num_workers=workers,
                 collate_fn=_identity,
                 timeout=WORKER_TIMEOUT if workers else 0,
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
                 # Of its own: otherwise each epoch takes a number from the global stream.
                 generator=generator(seed, "workers"),
                 persistent_workers=workers > 0,
@@ -118,7 +119,7 @@ class Reading:
         """
         self._work[:] = [(epoch, chunk) for chunk in chunks]
         try:
-            with _start_of_workers():
+            with start_of_workers():
                 results = iter(self._loader)
             for number in range(len(chunks)):
                 result = self._wait(results, number)
@@ -265,9 +266,11 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     # Where a server process starts the workers, they do not inherit the blocked signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # To look for garbage in what was inherited would write to every page of it, and each worker would have a copy.
+    gc.freeze()
 
 
 # What torch does at a worker's end: it raises wherever the main thread happens to be, in the middle of a training step
@@ -276,7 +279,7 @@ _death_handler: Any = None
 
 
 @contextmanager
-def _start_of_workers() -> Iterator[None]:
+def start_of_workers() -> Iterator[None]:
     """Inside, workers may be started.
 
     Ctrl-C reaches every process of the run, and only the main one answers it. Workers inherit the blocked signal, so
