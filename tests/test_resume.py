@@ -188,7 +188,7 @@ def test_a_finished_run_resumes_to_itself(folder, undisturbed) -> None:
     assert (undisturbed / "results.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("override", ["seed=1", "model.norm=l2", "data.batch_size=64", "train.precision=amp-bf16"])
+@pytest.mark.parametrize("override", ["seed=1", "model.norm=l2", "data.batch_size=32", "train.precision=amp-bf16"])
 def test_settings_that_contradict_the_run_are_refused(undisturbed, override: str) -> None:
     with pytest.raises(UserError, match=override.partition("=")[0]):
         resume(undisturbed, overrides=[override])

@@ -20,8 +20,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from norm_matters.cli_bench import bench
+from norm_matters.cli_data import data
 from norm_matters.cli_import import import_old
-from norm_matters.core.errors import UserError, nearest
+from norm_matters.cli_sweep import sweep
+from norm_matters.core.errors import LostRankError, UserError, nearest
+from norm_matters.core.ranks import (
+    ONE_PROCESS,
+    Ranks,
+    check_earlier_attempts,
+    die_with_the_launcher,
+    find_ranks,
+    leave,
+    note_failure,
+    words,
+    words_of_this_rank,
+)
 from norm_matters.progress import ConsoleProgress, printable
 
 if TYPE_CHECKING:
@@ -60,7 +73,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; the process's own by default.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    launched = "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    if launched:
+        # Before torch is imported, whose C++ warnings about its own use would be repeated by every rank.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # And at once: a launcher that is killed meanwhile must not leave its ranks behind.
+        die_with_the_launcher()
+    status = _run(arguments)
+    if status and launched and _ranks().world > 1:
+        leave(status)
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a command and tell what went wrong; its exit status."""
     try:
+        # Before anything slow is imported.
+        check_earlier_attempts(find_ranks())
         status = typer.main.get_command(app).main(
             _with_value_for_pretrained(arguments),
             prog_name="norm-matters",
@@ -69,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
     except UserError as error:
-        return _fail(error.problems, error.exit_status)
+        return _fail_as_rank(error, error.exit_status)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except BrokenPipeError:
@@ -80,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Wrong arguments, in typer's words; the class of these errors has no public name.
         if not hasattr(error, "format_message"):
             traceback.print_exc()
-            return INTERNAL_ERROR
+            return _fail_as_rank(error, INTERNAL_ERROR) if _ranks().world > 1 else INTERNAL_ERROR
         return _fail([error.format_message()], WRONG_INPUT)  # pyright: ignore[reportAttributeAccessIssue]
     if status == INTERRUPTED:
-        return _fail(["interrupted"], INTERRUPTED)
+        return _fail(["interrupted"] if _ranks().first else [], INTERRUPTED)
     return status or 0
 
 
@@ -113,7 +142,9 @@ def train(
     pretrained: Annotated[
         str | None, typer.Option(metavar="[FILE]", help="start from a .safetensors file, or the library's own weights")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="see `list datasets`; also imagefolder:DIR, parquet:PATH")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="see `list datasets`; also imagefolder:DIR, webdataset:PATTERN")
+    ] = None,
     data_dir: DataDir = None,
     download: Annotated[bool, typer.Option("--download", help="fetch the dataset if it is missing")] = False,
     epochs: Number = None,
@@ -135,8 +166,17 @@ def train(
     name: Annotated[str | None, typer.Option(help="name of the run's folder")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="continue this run")] = None,
     extend: Annotated[bool, typer.Option("--extend", help="with --resume: plan for another number of epochs")] = False,
+    processes: Annotated[
+        str | None, typer.Option(metavar="N", help="train as N processes of this machine, a GPU or CPU thread each")
+    ] = None,
+    max_restarts: Annotated[
+        str | None, typer.Option(metavar="N", help="with --processes: start again, at most so often, when one dies")
+    ] = None,
 ) -> None:
-    """Train a network and record the run. With no option: scikit-learn's digits."""
+    """Train a network and record the run. With no option: scikit-learn's digits.
+
+    torchrun -m norm_matters train, and srun norm-matters train, train as many processes together.
+    """
     if resume and config:
         raise UserError(f"--config '{config}': a resumed run has its own settings; leave --config out")
     if extend and not resume:
@@ -145,6 +185,15 @@ def train(
     from norm_matters.core.config import load_config
 
     options, overrides, command = _common_options(context.params), overrides or [], context.obj
+    if processes or max_restarts:
+        from norm_matters import launch
+
+        count, restarts = launch.check_numbers(processes, max_restarts)
+        if not resume:
+            # Wrong settings are told before anything is started, and no restart is spent on them.
+            load_config(config, options, overrides, run.CHECKS)
+        rest = launch.without_options(command[1:], "--processes", "--max-restarts")
+        raise typer.Exit(launch.launch(rest, processes=count, restarts=restarts))
     with ConsoleProgress() as progress:
         if resume:
             result = run.resume(
@@ -154,8 +203,9 @@ def train(
             result = run.train(
                 load_config(config, options, overrides, run.CHECKS), command=command, on_progress=progress
             )
-    _say(f"accuracy {100 - result.last['val_error1']:.2f}% after epoch {result.last['epoch']}")
-    _say(f"report {result.report}")
+    if _ranks().first:
+        _say(f"accuracy {100 - result.last['val_error1']:.2f}% after epoch {result.last['epoch']}")
+        _say(f"report {result.report}")
 
 
 @app.command("eval")
@@ -294,7 +344,9 @@ def list_names(
 
 
 app.command("import")(import_old)
+app.command()(sweep)
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 
 
 def _with_value_for_pretrained(arguments: Sequence[str]) -> list[str]:
@@ -411,6 +463,20 @@ def _say_columns(lines: Sequence[Sequence[str]]) -> None:
 
 def _say(text: str) -> None:
     print(printable(text))
+
+
+def _ranks() -> Ranks:
+    """Which of how many this process is; one alone where the environment makes no sense, which has been told then."""
+    with suppress(UserError):
+        return find_ranks()
+    return ONE_PROCESS
+
+
+def _fail_as_rank(error: Exception, status: int) -> int:
+    """Tell of an error, unless another rank of the run does, and leave word for the launcher."""
+    if not isinstance(error, LostRankError):
+        note_failure(words(error), status)
+    return _fail(words_of_this_rank(error, _ranks()), status)
 
 
 def _fail(problems: Iterable[str], status: int) -> int:

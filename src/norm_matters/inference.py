@@ -14,6 +14,7 @@ from norm_matters.core.config import RunConfig
 from norm_matters.core.errors import UserError
 from norm_matters.datasets import Dataset, Loader, Workers, decode_image, load_dataset
 from norm_matters.datasets.folder import ENDINGS
+from norm_matters.datasets.loader import evaluation_batch_size
 from norm_matters.engine.device import resolve_device
 from norm_matters.engine.evaluate import evaluate as score
 from norm_matters.engine.precision import PRECISIONS, input_dtype
@@ -160,7 +161,7 @@ def evaluate_run(
     loader = Loader(
         dataset.val,
         run.preprocessing,
-        batch_size=batch_size or run.config.data.batch_size,
+        batch_size=batch_size or evaluation_batch_size(run.config.data.batch_size),
         train=False,
         seed=run.config.seed,
         workers=workers,

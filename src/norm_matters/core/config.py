@@ -106,6 +106,18 @@ class RegimeConfig(_Section):
     )
     lr: float | None = Field(default=None, gt=0, description="a number above 0")
     weight_decay: float | None = Field(default=None, ge=0, description="a number from 0")
+    # How learning rates follow the batch size, and the batch size that they are written for.
+    lr_rule: Literal["none", "linear", "sqrt"] = Field(default="none", description="none, linear or sqrt")
+    lr_batch: int | None = Field(default=None, ge=1, description="a whole number from 1")
+
+    @model_validator(mode="after")
+    def _rule_has_a_batch(self) -> "RegimeConfig":
+        if (self.lr_rule == "none") != (self.lr_batch is None):
+            raise ValueError(
+                f"lr_rule {self.lr_rule} with lr_batch {_show(self.lr_batch)}: a rule, linear or sqrt, goes with the "
+                "batch size that the learning rates are written for, such as lr_batch 256"
+            )
+        return self
 
     @model_validator(mode="after")
     def _phases_stand_alone(self) -> "RegimeConfig":
@@ -131,6 +143,9 @@ class TrainConfig(_Section):
     compile: bool = Field(default=False, description="true or false")
     cuda_graphs: bool = Field(default=False, description="true or false")
     save_memory: bool = Field(default=False, description="true or false")
+    # Of runs on many ranks: whether each keeps a part of the optimizer's state, and how long it waits for the others.
+    shard_optimizer: bool = Field(default=False, description="true or false")
+    rank_timeout: float = Field(default=600.0, gt=0, le=86400, description="seconds, above 0")
 
 
 class RunConfig(_Section):

@@ -12,6 +12,11 @@ class UserError(Exception):
     """
 
     exit_status = 2
+    # Of a run on many ranks: whether all of them raise it, so that the first tells for all; whose fault it is; and
+    # whether an earlier attempt has told it.
+    shared = False
+    rank: int | None = None
+    told = False
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -28,6 +33,12 @@ class NumericalError(UserError):
     """Training cannot go on: the loss is not finite. Exit status 76."""
 
     exit_status = 76
+
+
+class LostRankError(UserError):
+    """Another rank of the run is gone or does not answer; the run can be continued. Exit status 75."""
+
+    exit_status = 75
 
 
 def nearest(value: str, candidates: Iterable[str]) -> str:

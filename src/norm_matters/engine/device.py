@@ -3,10 +3,17 @@
 import torch
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.ranks import ONE_PROCESS, Ranks
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU. UserError where there is none."""
+def resolve_device(name: str, ranks: Ranks = ONE_PROCESS) -> torch.device:
+    """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU. UserError where there is none.
+
+    Args:
+        ranks: of several on a machine, each takes the GPU of its number there.
+    """
+    if ranks.world > 1:
+        return _device_of_rank(name, ranks)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -20,6 +27,22 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("'mps' is not to be had here: torch sees no Apple GPU")
     return device
+
+
+def _device_of_rank(name: str, ranks: Ranks) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"device: '{name}' is one device, and there are {ranks.world} processes; take auto, cuda or cpu"
+        )
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    if ranks.local_rank >= count:
+        raise UserError(
+            f"device: process {ranks.local_rank} of this machine has no GPU of its own: torch sees {count} CUDA "
+            "devices; start fewer processes, or take device=cpu"
+        )
+    return torch.device("cuda", ranks.local_rank)
 
 
 def check_device(name: str) -> None:

@@ -63,7 +63,8 @@ def training_rows(
     """Train from the clock's position to its last epoch, yielding one row (see `record.table.COLUMNS`) per epoch.
 
     The state stands at the end of the epoch whenever a row is yielded, so the consumer can save it; `instruments.row`
-    then holds what they measured in that epoch.
+    then holds what they measured in that epoch. With ranks every rank goes through it, each with its own batches, and
+    gets the same row but for the times.
 
     Raises:
         NumericalError: see `train_step`.
@@ -72,14 +73,20 @@ def training_rows(
         start = time.perf_counter()
         meter, learning_rate = _train_epoch(state, train, epoch, options, instruments, on_progress)
         state.settle()
-        trained = meter.scores()
+        trained = meter.scores(state.group)
         seconds_train = time.perf_counter() - start
+        spread = state.share_statistics()
+        if spread:
+            state.notes.append(
+                f"running statistics: those of the ranks differed by up to {100 * spread:.3g}%; the first's are kept"
+            )
         scores = evaluate(
             state.module,
             val.epoch(0),
             device=state.device,
             precision=state.precision,
             input_dtype=state.input_dtype,
+            group=state.group,
         )
         seconds = time.perf_counter() - start
         yield {
@@ -122,7 +129,9 @@ def _train_epoch(
         now = time.perf_counter()
         if on_progress and now - last_report >= SECONDS_BETWEEN_REPORTS:
             last_report = now
-            state.settle()
+            if state.group.world == 1:
+                # It may end the training, which one rank does not do by itself.
+                state.settle()
             scores = meter.scores()
             on_progress(
                 Progress(
@@ -133,7 +142,7 @@ def _train_epoch(
                     len(train),
                     scores.loss,
                     scores.error1,
-                    scores.images,
+                    scores.images * state.group.world,
                     now - start,
                 )
             )

@@ -1,9 +1,12 @@
 """Loss and errors over many batches, summed exactly and read once."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from norm_matters.core.distributed import ALONE, Group
 
 MIN_CLASSES_FOR_TOP5 = 6
 
@@ -25,7 +28,6 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Float64 keeps counts and sums exact; MPS has none, and float32 counts exactly up to 16.7 million images.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums = torch.zeros(4, dtype=dtype, device=device)
         self._classes = 0
@@ -41,17 +43,33 @@ class Meter:
         """
         with torch.no_grad():
             self._classes = logits.shape[1]
-            best = logits.topk(min(5, self._classes), dim=1).indices
-            hits = best == labels[:, None]
-            count = torch.full((), len(labels), device=loss.device)
-            batch = torch.stack([loss * count, hits[:, 0].sum(), hits.sum(), count]).to(self._sums.dtype)
+            batch = batch_sums(loss, logits, labels)
             self._sums += batch if counted is None else torch.where(counted, batch, 0.0)
 
-    def scores(self) -> Scores:
-        """Read the means; this waits for the device."""
-        loss, hits1, hits5, images = self._sums.tolist()
-        n = int(images)
-        if not n:
-            return Scores(float("nan"), float("nan"), None, 0)
-        error5 = 100 * (n - hits5) / n if self._classes >= MIN_CLASSES_FOR_TOP5 else None
-        return Scores(loss / n, 100 * (n - hits1) / n, error5, n)
+    def scores(self, group: Group = ALONE) -> Scores:
+        """Read the means, over all ranks of the group; this waits for the device."""
+        return scores_of(group.sums(self._sums.tolist()), self._classes)
+
+
+def batch_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over a batch: of the loss, of hits among the first and the first five, of images; (4,) on the device.
+
+    Args:
+        loss, logits, labels: as for `Meter.update`.
+    """
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    count = torch.full((), len(labels), device=loss.device)
+    # Float64 keeps counts and sums exact; MPS has none, and float32 counts exactly up to 16.7 million images.
+    wide = torch.float32 if loss.device.type == "mps" else torch.float64
+    return torch.stack([loss * count, hits[:, 0].sum(), hits.sum(), count]).to(wide)
+
+
+def scores_of(sums: Sequence[float], classes: int) -> Scores:
+    """The means that sums over batches (see `batch_sums`) give."""
+    loss, hits1, hits5, images = sums
+    n = int(images)
+    if not n:
+        return Scores(float("nan"), float("nan"), None, 0)
+    error5 = 100 * (n - hits5) / n if classes >= MIN_CLASSES_FOR_TOP5 else None
+    return Scores(loss / n, 100 * (n - hits1) / n, error5, n)

@@ -1,5 +1,6 @@
 """All that changes while a network trains, in one place: what a checkpoint must hold, and nothing else."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -7,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from norm_matters.core.clock import Clock
+from norm_matters.core.distributed import ALONE, Group
 from norm_matters.core.errors import NumericalError, UserError
+from norm_matters.core.shares import share_sizes
 from norm_matters.engine.compiled import Forward, compiled_forward
 from norm_matters.engine.nonfinite import PATIENCE, DeferredVerdicts, Policy
 from norm_matters.engine.precision import PRECISIONS, LossScale, input_dtype
-from norm_matters.engine.rng import restore_rng, rng_state
+from norm_matters.engine.replicas import Replicas, Shards, gather_rng, restore_own_rng, seed_rank
 from norm_matters.norms import RunningStatistics
 from norm_matters.regimes import Regime, RegimeOptimizer
 from norm_matters.weights import project, projected_weights
@@ -32,6 +35,7 @@ class TrainingState:
 
     Attributes:
         forward: what a training step calls: the network, or its compiled form with the same weights.
+        group: the ranks that train it together; `join` says so.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class TrainingState:
         self.given_up_in_a_row = 0
         # What happened since the last row was recorded, for the log.
         self.incidents: list[str] = []
+        self.notes: list[str] = []
         self.precision = PRECISIONS[precision]
         self.scale = LossScale(device=device) if self.precision.scaled else None
         self.module = lay_out(module.to(device), memory_format)
@@ -77,6 +82,68 @@ class TrainingState:
         self._deferred = device.type == "cuda" if deferred is None else deferred
         self._verdicts: DeferredVerdicts | None = None
         self.forward: Forward = compiled_forward(module, cuda_graphs=cuda_graphs) if compiled else module
+        self.group = ALONE
+        self._replicas: Replicas | None = None
+        self._shards: Shards | None = None
+
+    def join(self, group: Group, *, seed: int, shard_optimizer: bool = False) -> None:
+        """Train together with other ranks from here on: each with its share of every batch, all with the same weights.
+
+        Args:
+            group: the ranks; all of them call this, and from then on train alike.
+            seed: of the run; every rank but the first goes on with random streams of its own.
+            shard_optimizer: each tensor's optimizer state lies on one rank only.
+        """
+        self.group = group
+        if group.world == 1:
+            return
+        assert isinstance(self.forward, nn.Module), "CUDA graphs are refused with ranks"
+        self._replicas = Replicas(self.module, self.forward, group)
+        self.forward = self._replicas.forward
+        group.copy_from(0, list(self.masters.values()))
+        if shard_optimizer:
+            self._shards = Shards(self.optimizer.named_parameters(), group)
+        seed_rank(group, seed)
+
+    def parts(self, images: int, accumulate: int) -> list[tuple[int, float]]:
+        """How a step takes this rank's share of a batch: images in each chunk, and the weight of its mean loss.
+
+        The gradients of the chunks of all ranks, so weighted, have the gradient of the whole batch's mean for their
+        mean over the ranks.
+
+        Args:
+            images: this rank's share of the batch.
+            accumulate: chunks of the batch.
+        """
+        group = self.group
+        whole = images if group.world == 1 else self.clock.batch_size
+        sizes = share_sizes(whole, accumulate, rank=group.rank, world=group.world)
+        assert sum(sizes) == images, f"{images} images are no share of {whole}"
+        return [(size, size / whole * group.world) for size in sizes]
+
+    def exchanging(self, wanted: bool) -> contextlib.AbstractContextManager:
+        """The context of a backward pass after which the gradients are averaged over the ranks, or not yet."""
+        return contextlib.nullcontext() if self._replicas is None else self._replicas.exchanging(wanted)
+
+    def share_statistics(self) -> float | None:
+        """Make the first rank's running statistics those of all, before they are used or saved.
+
+        Returns:
+            The largest relative difference there was; None for a process alone.
+        """
+        return None if self._replicas is None else self._replicas.share_statistics()
+
+    def update(self, leave_out: Tensor | None = None) -> None:
+        """Move the weights by their gradients.
+
+        Args:
+            leave_out: flag (no dimension) on the device; where it is true nothing changes.
+        """
+        if self._shards is not None:
+            self._shards.forget_foreign_gradients()
+        self.optimizer.step(leave_out)
+        if self._shards is not None:
+            self._shards.share_results()
 
     def verdicts(self, policy: Policy) -> DeferredVerdicts | None:
         """What decides on the device about the step that comes; None where the host has to wait for the outcome.
@@ -133,8 +200,11 @@ class TrainingState:
                 parameter.copy_(master)
 
     def rejected_updates(self) -> int:
-        """How many batches the norms have left out of their running statistics since the run began."""
-        return self._rejected_before + self.statistics.rejected()
+        """How many batches the norms have left out of their running statistics since the run began.
+
+        With ranks: those of the rank that left out most; every rank calls this.
+        """
+        return int(self.group.largest(self._rejected_before + self.statistics.rejected()))
 
     def remember(self) -> None:
         """Keep the weights, the statistics and the optimizer as they are now, for `roll_back`."""
@@ -156,25 +226,36 @@ class TrainingState:
         return {name: tensor.detach() for name, tensor in weights.items()}
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """Optimizer and random state, by `optimizer/...` and `rng/...`."""
-        optimizer = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
-        return optimizer | {f"rng/{name}": tensor for name, tensor in rng_state()[0].items()}
+        """Optimizer and random state, by `optimizer/...` and `rng/...`; on the first rank, but all ranks call this."""
+        optimizer = self.optimizer.tensors()
+        if self._shards is not None:
+            optimizer = self._shards.gather_tensors(optimizer)
+        return {f"optimizer/{name}": tensor for name, tensor in optimizer.items()} | gather_rng(self.group)[0]
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of the state, as JSON can hold it."""
+        """The rest of the state, as JSON can hold it; all ranks call this."""
         self.settle()
+        optimizer = self.optimizer.numbers()
+        if self._shards is not None:
+            optimizer = self._shards.gather_numbers(optimizer)
         return {
             "step": self.clock.step,
             "skipped_steps": self.skipped_steps,
             "given_up_in_a_row": self.given_up_in_a_row,
             "rejected_updates": self.rejected_updates(),
-            "optimizer": self.optimizer.numbers(),
+            "optimizer": optimizer,
             "scale": self.scale.state() if self.scale else None,
-            "rng": rng_state()[1],
+            "world": self.group.world,
+            **gather_rng(self.group)[1],
         }
 
-    def load(self, model: Mapping[str, Tensor], training: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    def load(
+        self, model: Mapping[str, Tensor], training: Mapping[str, Tensor], numbers: Mapping[str, Any], *, seed: int = 0
+    ) -> None:
         """Restore a saved state exactly; the random streams come last, so that nothing draws after them.
+
+        Args:
+            seed: of the run, for ranks that were not there when it was saved.
 
         Raises:
             UserError: the checkpoint is of another network, or part of the state is missing.
@@ -189,8 +270,11 @@ class TrainingState:
             raise UserError("the checkpoint was written in another precision: only one of the two has a loss scale")
         if self.scale is not None:
             self.scale.load(numbers["scale"])
-        self.optimizer.load(_part(training, "optimizer/"), numbers["optimizer"], self.clock)
-        restore_rng(_part(training, "rng/"), numbers["rng"])
+        optimizer = _part(training, "optimizer/"), numbers["optimizer"]
+        if self._shards is not None:
+            optimizer = self._shards.own_part(*optimizer)
+        self.optimizer.load(*optimizer, self.clock)
+        restore_own_rng(self.group, training, numbers, seed=seed, step=self.clock.step)
 
     def _load_weights(self, model: Mapping[str, Tensor]) -> None:
         load_weights(self.module, model)

@@ -20,6 +20,7 @@ from norm_matters.engine.nonfinite import (
     finite_flag,
     first_nonfinite,
 )
+from norm_matters.engine.replicas import unsynchronised
 from norm_matters.engine.state import TrainingState
 from norm_matters.norms import saving_memory
 
@@ -77,24 +78,26 @@ def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options:
     if may_skip:
         state.statistics.commit()
     seen: list[Outcome] = []
-    for image_chunk, label_chunk in zip(
-        images.chunk(options.accumulate), labels.chunk(options.accumulate), strict=True
-    ):
+    parts = state.parts(len(images), options.accumulate)
+    sizes = [size for size, _ in parts]
+    for (_, weight), image_chunk, label_chunk in zip(parts, images.split(sizes), labels.split(sizes), strict=True):
+        last = len(seen) == len(parts) - 1
         saving = saving_memory() if options.save_memory else contextlib.nullcontext()
-        with saving, state.precision.context(state.device), compilation_explained():
+        # The forward pass decides too whether the backward pass exchanges gradients: once, at the last chunk.
+        with state.exchanging(last), saving, state.precision.context(state.device), compilation_explained():
             logits = state.forward(image_chunk.to(state.input_dtype))
             loss = functional.cross_entropy(
                 logits.to(torch.promote_types(logits.dtype, torch.float32)),
                 label_chunk,
                 label_smoothing=options.label_smoothing,
             )
-        with compilation_explained():
-            _scaled(loss, len(label_chunk) / len(labels), state).backward()
+        with state.exchanging(last), compilation_explained():
+            _scaled(loss, weight, state).backward()
         seen.append((loss.detach(), logits.detach(), label_chunk))
     state.gradients_to_masters()
     if verdicts is not None:
         _update_if_finite(state, options, seen, meter, verdicts, may_skip=may_skip)
-    elif not all_finite([loss for loss, _, _ in seen]):
+    elif not state.group.all_true(finite_flag([loss for loss, _, _ in seen], state.device)):
         _give_up(state, options, "the training loss", images)
     else:
         for chunk in seen:
@@ -106,10 +109,10 @@ def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options:
     return learning_rate
 
 
-def _scaled(loss: Tensor, share: float, state: TrainingState) -> Tensor:
-    """A chunk's loss as it is differentiated: weighted by its share of the batch, times the loss scale."""
-    if share != 1:
-        loss = loss * share
+def _scaled(loss: Tensor, weight: float, state: TrainingState) -> Tensor:
+    """A chunk's loss as it is differentiated: weighted as it counts in the batch, times the loss scale."""
+    if weight != 1:
+        loss = loss * weight
     return loss if state.scale is None else loss * state.scale.factor
 
 
@@ -129,7 +132,7 @@ def _update(state: TrainingState, options: StepOptions, images: Tensor) -> None:
         return
     if options.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
-    state.optimizer.step()
+    state.update()
     state.project_weights()
     state.masters_to_weights()
     state.given_up_in_a_row = 0
@@ -146,7 +149,7 @@ def _update_if_finite(
 ) -> None:
     """As `_update` and what leads to it, with every decision made on the device; the host learns of them later."""
     parameters, gradients = _with_gradients(state)
-    loss_finite = finite_flag([loss for loss, _, _ in seen], state.device)
+    loss_finite = state.group.all_true(finite_flag([loss for loss, _, _ in seen], state.device))
     for chunk in seen:
         meter.update(*chunk, counted=loss_finite)
     number = state.clock.step + 1
@@ -160,7 +163,7 @@ def _update_if_finite(
         state.statistics.rollback(where=leave_out)
     if options.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
-    state.optimizer.step(leave_out)
+    state.update(leave_out)
     state.masters_to_weights()
 
 
@@ -176,7 +179,7 @@ def _give_up(state: TrainingState, options: StepOptions, what: str, images: Tens
     message = f"{what} is not finite in epoch {state.clock.epoch + 1}, step {state.clock.step + 1}"
     if options.nonfinite == "stop" or state.given_up_in_a_row == 1:
         # Only the first of a row is looked into: this costs a forward pass.
-        message += f": {_where(state, options, images)}"
+        message += f": {_where_on_any_rank(state, options, images)}"
     if options.nonfinite == "stop":
         raise NumericalError(message)
     if state.given_up_in_a_row > PATIENCE:
@@ -189,14 +192,35 @@ def _give_up(state: TrainingState, options: StepOptions, what: str, images: Tens
     state.incidents.append(f"{message}; {'step skipped' if options.nonfinite == 'skip' else 'rolled back'}")
 
 
-def _where(state: TrainingState, options: StepOptions, images: Tensor) -> str:
-    """Where in the network the values stop being finite."""
-    for chunk in images.to(state.input_dtype).chunk(options.accumulate):
+def _where_on_any_rank(state: TrainingState, options: StepOptions, images: Tensor) -> str:
+    """Where in the network the values stop being finite; each rank looks at its own part of the batch.
+
+    Synchronised norms take the statistics of that part alone meanwhile: what one rank does, no other waits for.
+    """
+    if state.group.world == 1:
+        return _where(state, options, images)[1]
+    with unsynchronised(state.module):
+        try:
+            found = _where(state, options, images)
+        except Exception as error:
+            found = False, f"the step cannot be repeated on one rank: {error}"
+    findings = state.group.gather(found)
+    rank = next((rank for rank, (in_forward, _) in enumerate(findings) if in_forward), 0)
+    return f"on rank {rank}, {findings[rank][1]}"
+
+
+def _where(state: TrainingState, options: StepOptions, images: Tensor) -> tuple[bool, str]:
+    """Whether it is in the forward pass that values stop being finite, and where."""
+    sizes = [size for size, _ in state.parts(len(images), options.accumulate)]
+    for chunk in images.to(state.input_dtype).split(sizes):
         where = first_nonfinite(state.module, chunk, lambda: state.precision.context(state.device))
         if where is not None:
-            return where
+            return True, where
     # The last parameter is the first that the backward pass reaches.
     for name, parameter in reversed((dict(state.module.named_parameters()) | state.masters).items()):
         if parameter.grad is not None and not all_finite([parameter.grad]):
-            return f"the forward pass is finite; the gradient of '{name}' is not: {describe_range(parameter.grad)}"
-    return "a second forward pass is finite"
+            return (
+                False,
+                f"the forward pass is finite; the gradient of '{name}' is not: {describe_range(parameter.grad)}",
+            )
+    return False, "a second forward pass is finite"

@@ -169,7 +169,8 @@ class BatchwiseNorm(AffineNorm):
 
     def _shares(self) -> bool:
         """Whether statistics are shared with other ranks now."""
-        return self.sync and dist.is_available() and dist.is_initialized()
+        # In evaluation the ranks have batches of their own, and not equally many.
+        return self.sync and self.training and dist.is_available() and dist.is_initialized()
 
     def eval_affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift (C,), float64, of the affine map per channel that the norm is in evaluation.

@@ -7,7 +7,14 @@ from norm_matters.core.lazy import lazy_attributes
 if TYPE_CHECKING:
     from norm_matters.record.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_checkpoint
     from norm_matters.record.files import remove_temporaries, write_file
-    from norm_matters.record.folder import claim_run_folder, default_name, find_checkpoint, is_run, latest_checkpoint
+    from norm_matters.record.folder import (
+        claim_run_folder,
+        default_name,
+        find_begun,
+        find_checkpoint,
+        is_run,
+        latest_checkpoint,
+    )
     from norm_matters.record.instruments import (
         Measurements,
         append_measurements,
@@ -31,6 +38,7 @@ __all__ = [
     "claim_run_folder",
     "collect_provenance",
     "default_name",
+    "find_begun",
     "find_checkpoint",
     "is_run",
     "latest_checkpoint",
@@ -52,7 +60,14 @@ __getattr__ = lazy_attributes(
     {
         "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint", "write_checkpoint"),
         "files": ("remove_temporaries", "write_file"),
-        "folder": ("claim_run_folder", "default_name", "find_checkpoint", "is_run", "latest_checkpoint"),
+        "folder": (
+            "claim_run_folder",
+            "default_name",
+            "find_begun",
+            "find_checkpoint",
+            "is_run",
+            "latest_checkpoint",
+        ),
         "instruments": (
             "Measurements",
             "append_measurements",

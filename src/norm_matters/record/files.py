@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from norm_matters.core.errors import StorageError
 
@@ -47,6 +48,32 @@ def write_file(path: Path, data: bytes | str) -> None:
     with storing(path):
         try:
             _create_file(temporary, data.encode() if isinstance(data, str) else data)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def stream_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that is too large for memory, piece by piece; it replaces an older one when the block is done.
+
+    Args:
+        path: its folder must exist.
+
+    Raises:
+        StorageError: it could not be written; an older version is intact and nothing is left behind.
+    """
+    temporary = _temporary(path)
+    with storing(path):
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+            with open(descriptor, "wb", buffering=2**20) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(descriptor)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):

@@ -1,5 +1,6 @@
 """The run folder: how it gets its name, and how a checkpoint is found in it. Imports no torch."""
 
+import json
 import os
 import re
 from pathlib import Path, PurePath
@@ -8,6 +9,7 @@ from norm_matters.core.errors import UserError
 from norm_matters.record.files import claim_folder, make_folder
 from norm_matters.record.state import STATE_FILE, read_state
 
+PROVENANCE_FILE = "provenance.json"
 CHECKPOINTS = "checkpoints"
 LAST = "last"
 BEST = "best"
@@ -15,13 +17,15 @@ STEP_FOLDER = re.compile(r"step-\d{9,}(-\d+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def claim_run_folder(output: Path, name: str | None, default: str) -> Path:
+def claim_run_folder(output: Path, name: str | None, default: str, *, again: bool = False) -> Path:
     """Make a run folder of its own; `mkdir` is the claim, so that runs started together never share one.
 
     Args:
         output: folder of the runs; made where it is missing.
         name: the user's name for the run, or None.
         default: name to use otherwise, with `-2`, `-3` ... where it is taken.
+        again: the user's name may be that of a folder in which no run was recorded yet: an earlier attempt was ended
+            right after its claim.
 
     Returns:
         The new, empty folder.
@@ -38,6 +42,8 @@ def claim_run_folder(output: Path, name: str | None, default: str) -> Path:
     make_folder(output)
     folder, count = output / base, 1
     while not claim_folder(folder):
+        if name is not None and again and not (folder / PROVENANCE_FILE).exists():
+            break
         if name is not None:
             raise UserError(f"name: '{name}' is taken ({folder}); choose another, or continue it with --resume")
         count += 1
@@ -60,9 +66,28 @@ def default_name(model: str, norm: str | None, dataset: str, seed: int) -> str:
     return f"{words[:96]}-s{seed}".lstrip("-._")
 
 
+def find_begun(output: Path, launch: str, settings: str) -> Path | None:
+    """The run that an earlier attempt of a launch has begun, the latest if there are several; None for none.
+
+    Args:
+        output: folder of the runs.
+        launch: the launch's name.
+        settings: a digest of the settings that it was started with.
+    """
+    begun: list[tuple[str, Path]] = []
+    for path in output.glob(f"*/{PROVENANCE_FILE}"):
+        try:
+            found = json.loads(path.read_bytes())
+            if found["launch"] == {"id": launch, "settings": settings} and is_run(path.parent):
+                begun.append((found["started"], path.parent))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # another run's, from before, or damaged
+    return max(begun)[1] if begun else None
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's: it has the two files every run starts with."""
-    return (path / "config.yaml").is_file() and (path / "provenance.json").is_file()
+    return (path / "config.yaml").is_file() and (path / PROVENANCE_FILE).is_file()
 
 
 def find_checkpoint(target: Path, prefer: str = BEST) -> Path:

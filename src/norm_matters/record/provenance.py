@@ -16,8 +16,8 @@ from typing import Any
 
 from norm_matters.core.errors import StorageError, UserError
 from norm_matters.record.files import write_file
+from norm_matters.record.folder import PROVENANCE_FILE
 
-PROVENANCE_FILE = "provenance.json"
 _PACKAGES = (
     "torch",
     "torchvision",

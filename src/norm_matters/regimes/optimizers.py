@@ -89,6 +89,10 @@ class RegimeOptimizer:
         """What is optimised."""
         return list(self._parameters.values())
 
+    def named_parameters(self) -> dict[str, Tensor]:
+        """What is optimised, by its names in the network."""
+        return dict(self._parameters)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the optimizer's state, by `PARAMETER/ENTRY`; not copied."""
         return {

@@ -60,13 +60,15 @@ class Regime:
     Args:
         source: phases in the language of `phases.py`.
         name: what messages and records call it.
+        lr_factor: every learning rate is multiplied by it.
 
     Raises:
         UserError: with all that can be seen to be wrong without torch.
     """
 
-    def __init__(self, source: Source, *, name: str = "regime") -> None:
+    def __init__(self, source: Source, *, name: str = "regime", lr_factor: float = 1.0) -> None:
         self.name = name
+        self.lr_factor = lr_factor
         self.phases = parse_phases(source, where=name)
 
     def at(self, clock: Clock) -> dict[str, Any]:
@@ -78,7 +80,12 @@ class Regime:
         Raises:
             UserError: a function of the regime failed or returned no settings.
         """
-        return fold(self._started(clock), clock)
+        settings = fold(self._started(clock), clock)
+        if self.lr_factor != 1:
+            for own in (settings, *settings["groups"].values()):
+                if "lr" in own:
+                    own["lr"] *= self.lr_factor
+        return settings
 
     def resets(self, clock: Clock) -> int:
         """How many phases with `reset` have started by `clock`."""

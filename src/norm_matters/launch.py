@@ -1,0 +1,116 @@
+"""`train --processes N`: the same command as N ranks on this machine, by torchrun's own engine, in plain words.
+
+torchrun does the same; what is added here: wrong settings are told before anything is started, what a rank says last
+is said last, the exit status is the culprit's, and the ranks end when this process does.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from norm_matters.core.errors import UserError
+
+INTERRUPTED = 130
+
+
+def launch(arguments: Sequence[str], *, processes: int, restarts: int = 0) -> int:
+    """Run `norm-matters ARGUMENTS` as ranks; returns the exit status.
+
+    Settings of torchrun (PET_NNODES, PET_RDZV_ENDPOINT, PET_RDZV_ID, ...) in the environment let several machines
+    take part, each with this command.
+
+    Args:
+        arguments: of the command, without `--processes` and `--max-restarts`.
+        processes: ranks on this machine.
+        restarts: how often they are started again after one of them failed.
+
+    Raises:
+        UserError: the ranks cannot be started.
+    """
+    # Started again, they would find the first start's addresses: https://github.com/pytorch/pytorch/issues/135712.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    # It says at length what the ranks say themselves.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    if not any(name in os.environ for name in ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR")):
+        options += ["--standalone", "--local-addr=localhost"]
+    settings = torchrun.parse_args([*options, "--module", "norm_matters", *arguments])
+    if settings.standalone:
+        settings.rdzv_backend, settings.rdzv_endpoint, settings.rdzv_id = "c10d", "localhost:0", _own_name()
+    config, entrypoint, command = torchrun.config_from_args(settings)
+    try:
+        elastic_launch(config, entrypoint)(*command)
+    except ChildFailedError as error:
+        return _status_of(error)
+    except SignalException as error:
+        return INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)
+    return 0
+
+
+def _status_of(error: Any) -> int:
+    """The exit status of the rank that failed first; it is named here where it could not say anything itself."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode >= 0:
+        return failure.exitcode or 1
+    number = -failure.exitcode
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    print(f"error: rank {rank} (process {failure.pid}) was ended by {name}", file=sys.stderr, flush=True)
+    return 128 + number
+
+
+def check_numbers(processes: str | None, restarts: str | None) -> tuple[int, int]:
+    """The numbers that were given as text.
+
+    Raises:
+        UserError: one is none, or there are restarts without processes.
+    """
+    problems = []
+    if processes is not None and not (processes.isdecimal() and int(processes)):
+        problems.append(f"--processes: value '{processes}' is not valid; it takes a whole number from 1")
+    if restarts is not None and not restarts.isdecimal():
+        problems.append(f"--max-restarts: value '{restarts}' is not valid; it takes a whole number from 0")
+    if restarts is not None and processes is None:
+        problems.append("--max-restarts: it needs --processes N; torchrun has an option of the same name")
+    if problems:
+        raise UserError(*problems)
+    return int(processes or 1), int(restarts or 0)
+
+
+def without_options(arguments: Sequence[str], *names: str) -> list[str]:
+    """The arguments without these options and their values, given as `--name VALUE` or `--name=VALUE`."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in names:
+            skip = True
+        elif argument.partition("=")[0] not in names:
+            kept.append(argument)
+    return kept
+
+
+def _own_name() -> str:
+    """A name for this launch that no other has."""
+    import uuid
+
+    return f"norm-matters-{uuid.uuid4()}"
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not everywhere
+        return os.cpu_count() or 1
