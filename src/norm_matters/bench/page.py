@@ -242,6 +242,13 @@ def _x_range(values: Sequence[float]) -> Range1d:
     return Range1d(start=low / 1.15, end=high * 1.15)
 
 
+def _ticks(shared: Range1d) -> list[float]:
+    """Ticks of a logarithmic axis: 1, 2, 5 and their likes, or tenths where these are too few."""
+    tenths = [tick / 10 for tick in range(1, 40)]
+    usual = [tick for tick in _TICKS if shared.start <= tick <= shared.end]
+    return usual if len(usual) > 2 else [tick for tick in tenths if shared.start <= tick <= shared.end]
+
+
 def _dots(ratios: Sequence[Ratio], series: Mapping[str, Series], shared: Range1d, axis: str) -> figure:
     """A line for each place, a dot for each series at it, and a rule at 1."""
     places = list(dict.fromkeys(ratio.place for ratio in ratios))
@@ -281,25 +288,30 @@ def _dots(ratios: Sequence[Ratio], series: Mapping[str, Series], shared: Range1d
         )
         tooltips = [("", "@series"), (axis, "@ratio"), ("", "@text")]
         plot.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips, visible=False))
-    plot.xaxis.ticker = FixedTicker(ticks=_TICKS)
+    ticks = _ticks(shared)
+    plot.xaxis.ticker = FixedTicker(ticks=ticks)
     plot.outline_line_color = None
     plot.border_fill_color = None
     plot.grid.grid_line_color = "#e6ebf0"
     plot.axis.axis_line_color = "#b6c0ca"
     plot.axis.major_tick_line_color = None
     plot.axis.minor_tick_line_color = None
-    plot.xaxis.major_label_overrides = {tick: f"{tick:g}" for tick in _TICKS}
+    plot.xaxis.major_label_overrides = {tick: f"{tick:g}" for tick in ticks}
     plot.axis.axis_label_text_font_style = "normal"
     return plot
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Html:
-    """All rows; a column for each key that has a value anywhere."""
-    columns = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)] if rows else []
+    """All rows; a column for each key whose value is not always the same, and a line with the others."""
+    keys = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)] if rows else []
+    same = [key for key in keys if len(rows) > 1 and all(row[key] == rows[0][key] for row in rows)]
+    columns = [key for key in keys if key not in same]
     cells = ([_cell(row[column]) for column in columns] for row in rows)
     # Long headings are not broken within words.
     headings = [tag("span", column.replace("_", " "), style="overflow-wrap: normal") for column in columns]
-    return numbers_table(headings, cells)
+    told = "; ".join(f"{key.replace('_', ' ')}: {_cell(rows[0][key])}" for key in same)
+    note = [tag("p", f"In all rows: {told}.", class_="soft")] if same else []
+    return tag("div", *note, numbers_table(headings, cells))
 
 
 def _cell(value: Any) -> str:
