@@ -126,7 +126,14 @@ def test_train_page():
         "plain · nn.BatchNorm2d · pages returned · 2 workers": {"contiguous, eager": "1.41"},
     }
     text = page.decode()
-    for part in ("727.5 images per second", "seconds: 0.25", "<td>yes</td>", "<td>1.36</td>", "abc123", "&lt;b&gt;noise"):
+    for part in (
+        "727.5 images per second",
+        "seconds: 0.25",
+        "<td>yes</td>",
+        "<td>1.36</td>",
+        "abc123",
+        "&lt;b&gt;noise",
+    ):
         assert part in text, part
     assert "<b>noise" not in text
 
