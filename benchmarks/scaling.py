@@ -5,8 +5,9 @@
 N ranks (gloo), a thread each. In every round three arms take their turn: the first rank by itself while the others
 wait; all ranks each by itself, which says what they take from each other (memory, caches, cores that are half of one);
 and all together, gradients exchanged. The figure is the median over rounds of images/s together over images/s alone.
-What the exchange costs (together less each by itself) stands beside what the gradients' bytes would take at the
-bandwidth of an all-reduce of so many bytes, measured on idle ranks. Prints CSV.
+What a step costs more together than by itself has two parts. A rank that is done waits for the slowest: predicted by
+the mean over steps of the largest time of any rank, where each is by itself, less the mean of all. And the gradients'
+bytes travel: predicted by an all-reduce of so many bytes, measured on idle ranks. Prints CSV.
 """
 
 import argparse
@@ -54,12 +55,25 @@ def training(model: str, norm: str, batch: int, group: Group) -> Callable[[], No
     return step
 
 
+def step_times(step: Callable[[], object], steps: int) -> list[float]:
+    """Seconds of each step."""
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
 def seconds_of(step: Callable[[], object], steps: int) -> float:
     """Seconds per step."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - start) / steps
+    return statistics.fmean(step_times(step, steps))
+
+
+def waiting_seconds(own: list[float], group: Group) -> float:
+    """What a step takes longer when all wait for the slowest rank at each, by the times of each rank by itself."""
+    times = torch.tensor(group.gather(own), dtype=torch.float64)
+    return (times.amax(0).mean() - times.mean()).item()
 
 
 def all_reduce_seconds(size: int) -> float:
@@ -80,15 +94,17 @@ def measure(model: str, norm: str, batch: int, rounds: int, steps: int) -> None:
         for step in (single, together):
             seconds_of(step, 2)
         found: list[tuple[float, float, float]] = []
+        by_itself: list[float] = []
         for _ in range(rounds):
             dist.barrier()
             alone = seconds_of(single, steps) if group.first else 0.0
             dist.barrier()
-            each = seconds_of(single, steps)
+            times = step_times(single, steps)
+            by_itself += times
             dist.barrier()
-            found.append((alone, each, seconds_of(together, steps)))
+            found.append((alone, statistics.fmean(times), seconds_of(together, steps)))
         size = together.bytes  # type: ignore[attr-defined]
-        exchange = all_reduce_seconds(size)
+        exchange, waiting = all_reduce_seconds(size), waiting_seconds(by_itself, group)
         if not group.first:
             return
         scaling = [group.world * alone / both for alone, _, both in found]
@@ -100,11 +116,10 @@ def measure(model: str, norm: str, batch: int, rounds: int, steps: int) -> None:
         )
         cost = statistics.median(pair[2] - pair[1] for pair in found)
         traffic = 2 * (group.world - 1) / group.world * size
-        print("step_ms_alone,step_ms_beside_others,step_ms_together,exchange_ms,predicted_ms,gradient_bytes,gb_per_s")
-        print(
-            f"{1e3 * alone:.2f},{1e3 * each:.2f},{1e3 * both:.2f},{1e3 * cost:.2f},{1e3 * exchange:.2f},{size},"
-            f"{traffic / exchange / 1e9:.3f}"
-        )
+        columns = "step_ms_alone,step_ms_beside_others,step_ms_together,extra_ms,predicted_waiting_ms"
+        print(f"{columns},predicted_exchange_ms,gradient_bytes,gb_per_s")
+        numbers = (alone, each, both, cost, waiting, exchange)
+        print(",".join(f"{1e3 * number:.2f}" for number in numbers), size, f"{traffic / exchange / 1e9:.3f}", sep=",")
 
 
 def start(arguments: list[str], processes: int) -> int:
