@@ -124,13 +124,8 @@ def test_what_goes_wrong_on_one_rank_ends_all_alike(how, status, words, models, 
         assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "1:step:user",
-        *(pytest.param(how, marks=pytest.mark.slow) for how in ("0:step:bug", "1:step:kill", "1:step:exit")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["1:step:user", "0:step:bug", "1:step:kill", "1:step:exit"])
 def test_a_rank_that_falls_away_takes_the_other_with_it(how, models, tmp_path, two_ranks):
     start = time.monotonic()
     found = two_ranks(*settings(models / "plain.py", tmp_path / "runs"), how=how)
