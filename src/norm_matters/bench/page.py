@@ -236,20 +236,19 @@ def _legend(series: Iterable[Series]) -> Html:
     return tag("div", *buttons, tag("span", "click to hide", class_="soft"), class_="legend")
 
 
-def _x_range(values: Sequence[float]) -> Range1d:
+def _x_range(values: Sequence[float]) -> tuple[float, float]:
     """The range that all plots share, with 1 in it."""
     low, high = min(*values, 1, 1), max(*values, 1, 1)
-    return Range1d(start=low / 1.15, end=high * 1.15)
+    return low / 1.15, high * 1.15
 
 
-def _ticks(shared: Range1d) -> list[float]:
+def _ticks(low: float, high: float) -> list[float]:
     """Ticks of a logarithmic axis: 1, 2, 5 and their likes, or tenths where these are too few."""
-    tenths = [tick / 10 for tick in range(1, 40)]
-    usual = [tick for tick in _TICKS if shared.start <= tick <= shared.end]
-    return usual if len(usual) > 2 else [tick for tick in tenths if shared.start <= tick <= shared.end]
+    usual = [tick for tick in _TICKS if low <= tick <= high]
+    return usual if len(usual) > 2 else [tick / 10 for tick in range(1, 40) if low <= tick / 10 <= high]
 
 
-def _dots(ratios: Sequence[Ratio], series: Mapping[str, Series], shared: Range1d, axis: str) -> figure:
+def _dots(ratios: Sequence[Ratio], series: Mapping[str, Series], shared: tuple[float, float], axis: str) -> figure:
     """A line for each place, a dot for each series at it, and a rule at 1."""
     places = list(dict.fromkeys(ratio.place for ratio in ratios))
     here = [name for name in series if any(ratio.series == name for ratio in ratios)]
@@ -257,7 +256,7 @@ def _dots(ratios: Sequence[Ratio], series: Mapping[str, Series], shared: Range1d
         height=80 + len(places) * (14 + _DOT * len(here)),
         sizing_mode="stretch_width",
         x_axis_type="log",
-        x_range=shared,
+        x_range=Range1d(start=shared[0], end=shared[1]),
         y_range=FactorRange(factors=places[::-1]),
         x_axis_label=axis,
         tools="save",
@@ -288,7 +287,7 @@ def _dots(ratios: Sequence[Ratio], series: Mapping[str, Series], shared: Range1d
         )
         tooltips = [("", "@series"), (axis, "@ratio"), ("", "@text")]
         plot.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips, visible=False))
-    ticks = _ticks(shared)
+    ticks = _ticks(*shared)
     plot.xaxis.ticker = FixedTicker(ticks=ticks)
     plot.outline_line_color = None
     plot.border_fill_color = None
