@@ -200,7 +200,7 @@ def test_list_models_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    for name in ("train", "eval", "predict", "report", "compare", "list", "--install-completion"):
+    for name in ("train", "eval", "predict", "report", "compare", "list", "trust", "verify", "--install-completion"):
         assert name in text
 
 

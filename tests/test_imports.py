@@ -41,6 +41,7 @@ def loaded_after(statements: str, suspects: list[str]) -> list[str]:
         "from norm_matters.cli import main; assert main(['train', '--help']) == 0",
         "from norm_matters.cli import main; assert main(['data', 'pack', '--help']) == 0",
         "from norm_matters.cli import main; assert main(['sweep', '--help']) == 0",
+        "from norm_matters.cli import main; assert main(['verify', '--help']) == 0",
         "from norm_matters.cli import main; assert main(['list', 'datasets']) == 0",
     ],
 )

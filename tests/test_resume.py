@@ -12,7 +12,8 @@ import torch
 
 from norm_matters.core.config import RunConfig, load_config
 from norm_matters.core.errors import UserError
-from norm_matters.record import TIMING_COLUMNS, find_checkpoint, load_checkpoint, save_checkpoint
+from norm_matters.models.trust import trust_file
+from norm_matters.record import TIMING_COLUMNS, find_checkpoint, load_checkpoint, save_checkpoint, trim_table
 from norm_matters.run import CHECKS, resume, train
 
 MODEL = """
@@ -46,6 +47,7 @@ def model(num_classes, in_channels):
 def folder(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "own.py").write_text(MODEL)
+    trust_file(folder / "own.py")
     (folder / "images").symlink_to(image_folder)
     return folder
 
@@ -117,7 +119,20 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(folder, undisturb
     run = folder / "early"
     shutil.copytree(halfway, run, symlinks=True)
     shutil.rmtree(run / "checkpoints")
+    # The row of an epoch is written before its checkpoint.
+    trim_table(run / "results.csv", 1)
     resume(run, overrides=["train.epochs=6"])
+    assert table(run) == table(undisturbed)
+    assert same_weights(run, undisturbed)
+
+
+def test_a_run_that_has_lost_its_checkpoints_is_not_begun_again_unasked(folder, undisturbed, halfway) -> None:
+    run = folder / "lost"
+    shutil.copytree(halfway, run, symlinks=True)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoints any more, though 3 epochs were done; --restart"):
+        resume(run, overrides=["train.epochs=6"])
+    resume(run, overrides=["train.epochs=6"], restart=True)
     assert table(run) == table(undisturbed)
     assert same_weights(run, undisturbed)
 

@@ -10,7 +10,7 @@ from norm_matters.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from norm_matters.engine.instruments.invariance import scale_invariant_weights
-    from norm_matters.experiments import sweep
+    from norm_matters.experiments import reproduce, sweep
     from norm_matters.inference import evaluate, load_run, predict
     from norm_matters.models import create_model
     from norm_matters.norms import (
@@ -43,6 +43,7 @@ __all__ = [
     "normalise_weights",
     "predict",
     "remove_weight_norm",
+    "reproduce",
     "resume",
     "saving_memory",
     "scale_invariant_weights",
@@ -69,7 +70,7 @@ _name = lazy_attributes(
     __name__,
     {
         "engine.instruments.invariance": ("scale_invariant_weights",),
-        "experiments": ("sweep",),
+        "experiments": ("reproduce", "sweep"),
         "inference": ("evaluate", "load_run", "predict"),
         "models": ("create_model",),
         "norms": (

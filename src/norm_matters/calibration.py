@@ -62,6 +62,8 @@ def calibrate_run(
         StorageError: the checkpoint cannot be written.
     """
     run = load_run(target, device=device)
+    if run.checkpoint.parent.is_symlink():
+        raise UserError(f"{run.checkpoint.parent} is a link; a run's files are its own: nothing is written there")
     dataset = load_data(run, data_dir)
     before = evaluate_run(run, dataset, batch_size=batch_size, workers=workers)
     try:

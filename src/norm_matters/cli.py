@@ -22,8 +22,14 @@ import typer
 from norm_matters.cli_bench import bench
 from norm_matters.cli_data import data
 from norm_matters.cli_import import import_old
+from norm_matters.cli_reproduce import reproduce
 from norm_matters.cli_sweep import sweep
-from norm_matters.core.errors import LostRankError, UserError, nearest
+from norm_matters.cli_trust import trust
+from norm_matters.cli_verify import verify
+from norm_matters.core import stopping
+from norm_matters.core.cells import plain_cell
+from norm_matters.core.errors import LostRankError, PreemptedError, UserError, nearest
+from norm_matters.core.faults import check_faults
 from norm_matters.core.ranks import (
     ONE_PROCESS,
     Ranks,
@@ -32,6 +38,7 @@ from norm_matters.core.ranks import (
     find_ranks,
     leave,
     note_failure,
+    status_of_rank,
     words,
     words_of_this_rank,
 )
@@ -54,7 +61,7 @@ Target = Annotated[
     Path, typer.Argument(metavar="RUN|CHECKPOINT", help="a run's folder (its best checkpoint counts) or a checkpoint's")
 ]
 
-_NUMBERS = {"epochs", "batch_size", "lr", "seed"}
+_NUMBERS = {"epochs", "batch_size", "lr", "seed", "keep"}
 _KINDS = ("models", "norms", "weight-norms", "datasets", "regimes", "transforms")
 
 # Help without rich: its import alone takes longer than everything else that `--help` does.
@@ -79,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # And at once: a launcher that is killed meanwhile must not leave its ranks behind.
         die_with_the_launcher()
-    status = _run(arguments)
+    status = status_of_rank(_run(arguments))
     if status and launched and _ranks().world > 1:
         leave(status)
     return status
@@ -89,6 +96,7 @@ def _run(arguments: Sequence[str]) -> int:
     """Run a command and tell what went wrong; its exit status."""
     try:
         # Before anything slow is imported.
+        check_faults()
         check_earlier_attempts(find_ranks())
         status = typer.main.get_command(app).main(
             _with_value_for_pretrained(arguments),
@@ -97,6 +105,11 @@ def _run(arguments: Sequence[str]) -> int:
             obj=["norm-matters", *arguments],
         )
         sys.stdout.flush()
+    except PreemptedError as error:
+        # Not an error; and told once, by the first rank.
+        for line in words_of_this_rank(error, _ranks()):
+            print(printable(line), file=sys.stderr)
+        return error.exit_status
     except UserError as error:
         return _fail_as_rank(error, error.exit_status)
     except (KeyboardInterrupt, typer.Abort):
@@ -147,6 +160,9 @@ def train(
     ] = None,
     data_dir: DataDir = None,
     download: Annotated[bool, typer.Option("--download", help="fetch the dataset if it is missing")] = False,
+    bad_images: Annotated[
+        str | None, typer.Option(metavar="POLICY", help="training images that cannot be read: fail, or skip:N of them")
+    ] = None,
     epochs: Number = None,
     batch_size: Number = None,
     lr: Annotated[str | None, typer.Option(metavar="N", help="learning rate of the regime, at its highest")] = None,
@@ -162,10 +178,22 @@ def train(
     save_memory: Annotated[
         bool, typer.Option("--save-memory", help="make the norms' outputs again instead of keeping them")
     ] = False,
+    checkpoint_every: Annotated[
+        str | None, typer.Option(metavar="INTERVAL", help="such as 1ep (the default), 500st (steps) or 5min")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(metavar="N", help="newest checkpoints to keep beside the best; 2 by default")
+    ] = None,
+    max_time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="such as 55min: save and end with status 75 before it is over")
+    ] = None,
     output: Annotated[str | None, typer.Option(metavar="DIR", help="where run folders lie; runs by default")] = None,
     name: Annotated[str | None, typer.Option(help="name of the run's folder")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="continue this run")] = None,
     extend: Annotated[bool, typer.Option("--extend", help="with --resume: plan for another number of epochs")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="with --resume: begin again if no checkpoint can be read")
+    ] = False,
     processes: Annotated[
         str | None, typer.Option(metavar="N", help="train as N processes of this machine, a GPU or CPU thread each")
     ] = None,
@@ -181,9 +209,8 @@ def train(
         raise UserError(f"--config '{config}': a resumed run has its own settings; leave --config out")
     if extend and not resume:
         raise UserError("--extend: it needs --resume RUN, the run to extend")
-    from norm_matters import run
-    from norm_matters.core.config import load_config
-
+    if restart and not resume:
+        raise UserError("--restart: it needs --resume RUN, the run to begin again")
     options, overrides, command = _common_options(context.params), overrides or [], context.obj
     if processes or max_restarts:
         from norm_matters import launch
@@ -191,21 +218,34 @@ def train(
         count, restarts = launch.check_numbers(processes, max_restarts)
         if not resume:
             # Wrong settings are told before anything is started, and no restart is spent on them.
-            load_config(config, options, overrides, run.CHECKS)
+            _load_checked(config, options, overrides)
         rest = launch.without_options(command[1:], "--processes", "--max-restarts")
         raise typer.Exit(launch.launch(rest, processes=count, restarts=restarts))
-    with ConsoleProgress() as progress:
-        if resume:
-            result = run.resume(
-                resume, options=options, overrides=overrides, extend=extend, command=command, on_progress=progress
-            )
-        else:
-            result = run.train(
-                load_config(config, options, overrides, run.CHECKS), command=command, on_progress=progress
-            )
+    # From here on, so that a signal that comes while torch is imported is heard too.
+    with stopping.listening(*stopping.PREEMPTING):
+        from norm_matters import run
+        from norm_matters.models.trust import trust_named_file
+
+        settings = None if resume else _load_checked(config, options, overrides)
+        trust_named_file(options, overrides)
+        with ConsoleProgress() as progress:
+            if settings is None:
+                assert resume is not None
+                result = run.resume(
+                    resume,
+                    options=options,
+                    overrides=overrides,
+                    extend=extend,
+                    restart=restart,
+                    command=command,
+                    on_progress=progress,
+                )
+            else:
+                result = run.train(settings, command=command, on_progress=progress)
     if _ranks().first:
         _say(f"accuracy {100 - result.last['val_error1']:.2f}% after epoch {result.last['epoch']}")
-        _say(f"report {result.report}")
+        if result.report.exists():
+            _say(f"report {result.report}")
 
 
 @app.command("eval")
@@ -345,6 +385,9 @@ def list_names(
 
 app.command("import")(import_old)
 app.command()(sweep)
+app.command()(reproduce)
+app.command()(trust)
+app.command()(verify)
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 
@@ -359,6 +402,14 @@ def _with_value_for_pretrained(arguments: Sequence[str]) -> list[str]:
         f"{argument}=true" if argument == "--pretrained" and (after.startswith("-") or "=" in after) else argument
         for argument, after in zip(arguments, following, strict=False)
     ]
+
+
+def _load_checked(config: Path | None, options: dict[str, Any], overrides: list[str]) -> "RunConfig":
+    """A run's configuration, every mistake told at once."""
+    from norm_matters.core.config import load_config
+    from norm_matters.run import CHECKS
+
+    return load_config(config, options, overrides, CHECKS)
 
 
 def _common_options(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -422,7 +473,8 @@ def _show_csv(predictions: "Iterable[Prediction]") -> None:
     writer.writerow(["path", "rank", "class", "probability"])
     for prediction in predictions:
         likeliest = zip(prediction.classes, prediction.probabilities, strict=True)
-        writer.writerows([prediction.path, rank, *pair] for rank, pair in enumerate(likeliest, 1))
+        path = plain_cell(prediction.path)
+        writer.writerows([path, rank, plain_cell(name), share] for rank, (name, share) in enumerate(likeliest, 1))
 
 
 def _show_json(predictions: "Iterable[Prediction]") -> None:

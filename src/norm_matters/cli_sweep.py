@@ -56,7 +56,7 @@ def sweep(
     nonfinite: Values = None,
     compile: Annotated[bool, typer.Option("--compile", help="train compiled code")] = False,
     save_memory: Annotated[bool, typer.Option("--save-memory", help="make the norms' outputs again")] = False,
-    executor: Annotated[str, typer.Option(metavar="local|slurm|ray", help="where the runs are processes")] = "local",
+    executor: Annotated[str, typer.Option(metavar="local|slurm|ray|inline", help="where the runs are")] = "local",
     jobs: Annotated[
         str | None, typer.Option(metavar="N", help="runs side by side; as many as fit the cores or GPUs by default")
     ] = None,
@@ -87,22 +87,25 @@ def sweep(
     from norm_matters.experiments.executors import Placement
     from norm_matters.experiments.summary import Measure
     from norm_matters.experiments.sweeping import estimate_sweep, plan_sweep
+    from norm_matters.models.trust import trust_named_file
 
-    grid = _grid(settings or [], config, context.params)
+    grid, given = _grid(settings or [], config, context.params)
+    for name in given.get("model.name", []):
+        trust_named_file({"model.name": name})
     plan = plan_sweep(
         grid,
         output=output,
         placement=Placement(
             executor,
-            _number("--jobs", jobs) if jobs is not None else None,
-            _number("--threads", threads),
-            dict(_setting("--slurm", text) for text in slurm or []),
+            number("--jobs", jobs) if jobs is not None else None,
+            number("--threads", threads),
+            dict(setting("--slurm", text) for text in slurm or []),
             ray_address,
         ),
         measure=Measure(metric, last),
-        baseline=dict(_setting("--baseline", text) for text in baseline or []) or None,
+        baseline=dict(setting("--baseline", text) for text in baseline or []) or None,
     )
-    again = _number("--retries", retries, least=0)
+    again = number("--retries", retries, least=0)
     if dry_run:
         _show_plan(plan, estimate_sweep(plan), as_json=as_json)
         return
@@ -115,8 +118,12 @@ def sweep(
         raise typer.Exit(FAILED)
 
 
-def _grid(arguments: list[str], config: Path | None, parameters: dict[str, Any]) -> "Grid":
-    """The grid of file, options and settings, with every mistake of their form told at once."""
+def _grid(arguments: list[str], config: Path | None, parameters: dict[str, Any]) -> tuple["Grid", dict[str, list[Any]]]:
+    """The grid of file, options and settings, and what the command line alone says.
+
+    Raises:
+        UserError: with every mistake of their form.
+    """
     from norm_matters.core.config import OPTION_KEYS
     from norm_matters.experiments.grid import (
         Grid,
@@ -156,10 +163,10 @@ def _grid(arguments: list[str], config: Path | None, parameters: dict[str, Any])
         raise UserError(*problems)
     # The config of a run names a folder, which is no setting.
     shared = {key: value for key, value in shared.items() if key not in ("output", "name")}
-    return override(Grid({**shared, **grid.base}, grid.axes, grid.exclude, grid.include), given)
+    return override(Grid({**shared, **grid.base}, grid.axes, grid.exclude, grid.include), given), given
 
 
-def _setting(option: str, text: str) -> tuple[str, Any]:
+def setting(option: str, text: str) -> tuple[str, Any]:
     """`KEY=VALUE`, one value."""
     from norm_matters.core.yaml import read_yaml
 
@@ -169,7 +176,7 @@ def _setting(option: str, text: str) -> tuple[str, Any]:
     return key, read_yaml(value, f"{option} {text}")
 
 
-def _number(option: str, text: str, least: int = 1) -> int:
+def number(option: str, text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"{option}: value '{text}' is not valid; it takes a whole number from {least}")
     return int(text)
@@ -185,7 +192,7 @@ def _run(plan: "SweepPlan", command: list[str], retries: int, *, as_json: bool) 
     parallel = parallel_runs(plan.placement, [cell.config for cell in plan.cells])
     stream = sys.stderr if as_json else sys.stdout
     table = SweepTable(plan.measure, recorded_pace(plan.output), parallel, stream=stream)
-    with _terminable() as signals:
+    with terminable() as signals:
         try:
             with table:
                 return run_sweep(plan, command=command, retries=retries, on_change=table)
@@ -196,7 +203,7 @@ def _run(plan: "SweepPlan", command: list[str], retries: int, *, as_json: bool) 
 
 
 @contextmanager
-def _terminable() -> Iterator[list[int]]:
+def terminable() -> Iterator[list[int]]:
     """Within, SIGTERM is a KeyboardInterrupt; yields the signals that came."""
     came: list[int] = []
 

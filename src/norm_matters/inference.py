@@ -11,16 +11,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from norm_matters.core.config import RunConfig
-from norm_matters.core.errors import UserError
+from norm_matters.core.errors import UserError, reading
 from norm_matters.datasets import Dataset, Loader, Workers, decode_image, load_dataset
 from norm_matters.datasets.folder import ENDINGS
 from norm_matters.datasets.loader import evaluation_batch_size
 from norm_matters.engine.device import resolve_device
 from norm_matters.engine.evaluate import evaluate as score
 from norm_matters.engine.precision import PRECISIONS, input_dtype
-from norm_matters.engine.state import load_weights
+from norm_matters.engine.tensors import load_weights
 from norm_matters.models import build_model
+from norm_matters.models.trust import read_code
+from norm_matters.plan import CHECKS
 from norm_matters.record import Measurements, find_checkpoint, load_checkpoint, read_measurements, read_table
+from norm_matters.record.state import STATE_FILE
 from norm_matters.transforms.batch import normalise
 from norm_matters.transforms.image import evaluation_pixels
 from norm_matters.transforms.preprocessing import Preprocessing
@@ -87,8 +90,8 @@ def load_run(target: Path | str, *, device: str = "auto") -> LoadedRun:
     folder = find_checkpoint(Path(target), prefer="best")
     checkpoint = load_checkpoint(folder)
     state = checkpoint.state
-    config = RunConfig.model_validate(state["config"])
-    preprocessing = Preprocessing.from_json(state["preprocessing"])
+    with reading(str(folder / STATE_FILE)):
+        config, preprocessing = _understand(state)
     _check_model_file(state["model_source"])
     built = build_model(
         config.model.model_copy(update={"pretrained": False}),
@@ -219,6 +222,26 @@ def expand_images(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def _understand(state: dict[str, Any]) -> tuple[RunConfig, Preprocessing]:
+    """The settings and the preprocessing in a checkpoint; raises where they, or the classes, are not what they must be.
+
+    The file may be a stranger's.
+    """
+    config = RunConfig.model_validate(state["config"])
+    for key in ("name", "norm", "norm_kinds", "weight_norm"):
+        value = getattr(config.model, key)
+        if value is not None:
+            CHECKS[f"model.{key}"](value)
+    classes, source, epoch = state["classes"], state["model_source"], state["epoch"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes) or len(classes) < 2:
+        raise ValueError("classes are no list of names")
+    if source is not None and not (isinstance(source["path"], str) and isinstance(source["sha256"], str)):
+        raise ValueError("model_source is no path with its SHA-256")
+    if type(epoch) is not int:
+        raise ValueError(f"epoch {epoch!r:.40} is no number")
+    return config, Preprocessing.from_json(state["preprocessing"])
+
+
 def _check_model_file(source: dict[str, str] | None) -> None:
     """Refuse to run a user's model file that is not the one the network was trained with."""
     if source is None:
@@ -226,7 +249,7 @@ def _check_model_file(source: dict[str, str] | None) -> None:
     path = Path(source["path"])
     if not path.is_file():
         raise UserError(f"the network was defined in '{path}', which does not exist any more")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != source["sha256"]:
+    if hashlib.sha256(read_code(path)).hexdigest() != source["sha256"]:
         raise UserError(f"the network was defined in '{path}', which has changed since")
 
 

@@ -8,12 +8,21 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.ranks import STOP_VARIABLE, noted_stop
 
 INTERRUPTED = 130
+
+FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""Signals that the ranks get too."""
+
+PATIENCE = 86_400
+"""Seconds that ranks have to save and end after a signal."""
 
 
 def launch(arguments: Sequence[str], *, processes: int, restarts: int = 0) -> int:
@@ -32,6 +41,8 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int = 0) -> in
     """
     # Started again, they would find the first start's addresses: https://github.com/pytorch/pytorch/issues/135712.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # The folder that the ranks are started in may be full of a stranger's files, modules among them.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -43,20 +54,29 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int = 0) -> in
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", f"--signals-to-handle={FORWARDED}"]
+    # However long a step and a save take; a second signal ends this process, and the ranks with it.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
     if not any(name in os.environ for name in ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR")):
         options += ["--standalone", "--local-addr=localhost"]
     settings = torchrun.parse_args([*options, "--module", "norm_matters", *arguments])
-    if settings.standalone:
-        settings.rdzv_backend, settings.rdzv_endpoint, settings.rdzv_id = "c10d", "localhost:0", _own_name()
-    config, entrypoint, command = torchrun.config_from_args(settings)
-    try:
-        elastic_launch(config, entrypoint)(*command)
-    except ChildFailedError as error:
-        return _status_of(error)
-    except SignalException as error:
-        return INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)
-    return 0
+    with tempfile.TemporaryDirectory(prefix="norm-matters-") as folder:
+        if settings.standalone:
+            # By a file: a store of torch's listens to the whole network, and asks nobody who he is.
+            settings.rdzv_backend, settings.rdzv_conf = "c10d", "store_type=file"
+            settings.rdzv_endpoint, settings.rdzv_id = str(Path(folder) / "rendezvous"), _own_name()
+        stop = Path(folder) / "stopped"
+        os.environ[STOP_VARIABLE] = str(stop)
+        config, entrypoint, command = torchrun.config_from_args(settings)
+        try:
+            elastic_launch(config, entrypoint)(*command)
+        except ChildFailedError as error:
+            return _status_of(error)
+        except SignalException as error:
+            by_signal = INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)
+            return noted_stop(stop) or by_signal
+        # Ranks that were asked to stop end as if all were done, so that they are not started again.
+        return noted_stop(stop) or 0
 
 
 def _status_of(error: Any) -> int:

@@ -18,9 +18,11 @@ from norm_matters.datasets import Dataset, Loader, check_dataset, load_dataset
 from norm_matters.datasets.entry import ENCODED_SIZE
 from norm_matters.datasets.loader import evaluation_batch_size
 from norm_matters.datasets.reading import available_cores, count_workers
+from norm_matters.datasets.standing_in import images_to_skip
 from norm_matters.engine.device import check_device, device_name, resolve_device
 from norm_matters.engine.replicas import check_ranks
 from norm_matters.engine.state import TrainingState
+from norm_matters.engine.step import StepOptions
 from norm_matters.models import MODELS, BuiltModel, build_model, check_model
 from norm_matters.norms import (
     available_backends,
@@ -31,9 +33,11 @@ from norm_matters.norms import (
     set_kernels,
     spec_of,
 )
+from norm_matters.record.weight_norms import read_weight_norms
 from norm_matters.regimes import Regime, build_regime, check_regime
 from norm_matters.transforms import Preprocessing
 from norm_matters.weights import canonical_weight_norm, check_weight_norm
+from norm_matters.weights.recorded import EpochNorms, RecordedNorms
 
 
 def check_phases(phases: list[dict[str, Any]]) -> None:
@@ -111,6 +115,7 @@ def prepare(config: RunConfig, *, restored: bool = False, ranks: Ranks = ONE_PRO
             rank=ranks.rank,
             world=ranks.world,
             chunks=config.train.accumulate,
+            to_skip=images_to_skip(config.data.bad_images),
         )
         for part, images, batch_size in (
             ("train", dataset.train, config.data.batch_size),
@@ -131,8 +136,17 @@ def prepare(config: RunConfig, *, restored: bool = False, ranks: Ranks = ONE_PRO
         precision=config.train.precision,
         compiled=config.train.compile or config.train.cuda_graphs,
         cuda_graphs=config.train.cuda_graphs,
+        norms=_recorded_norms(config.regime.norms),
     )
     return Plan(config, dataset, built, preprocessing, regime, state, train_loader, val_loader, allocator)
+
+
+def _recorded_norms(folder: str | None) -> RecordedNorms | None:
+    """The norms of the run that a regime follows."""
+    if folder is None:
+        return None
+    found = read_weight_norms(Path(folder))
+    return RecordedNorms(folder, {epoch: EpochNorms(*norms) for epoch, norms in found.items()})
 
 
 def _check_compilation(train: TrainConfig, device: torch.device, ranks: Ranks) -> None:
@@ -168,9 +182,23 @@ def complete(config: RunConfig, *, epochs: int) -> RunConfig:
         place = (Path(data.dir or "").expanduser() / Path(path).expanduser()).resolve()
         data = data.model_copy(update={"name": f"{source}:{place}"})
     train = config.train.model_copy(update={"epochs": config.train.epochs or epochs})
+    regime = config.regime
+    if regime.norms is not None:
+        regime = regime.model_copy(update={"norms": str(Path(regime.norms).expanduser().resolve())})
     model = model.model_copy(update={"name": name, "norm": norm, "weight_norm": weight_norm})
     # The folder bears the name; recorded, it would be taken already when the config is fed back.
-    return config.model_copy(update={"model": model, "data": data, "train": train, "name": None})
+    return config.model_copy(update={"model": model, "data": data, "regime": regime, "train": train, "name": None})
+
+
+def step_options(train: TrainConfig) -> StepOptions:
+    """What a training step does besides the plain one, as configured."""
+    return StepOptions(
+        train.accumulate,
+        train.clip_norm,
+        train.label_smoothing,
+        train.nonfinite,
+        train.save_memory,
+    )
 
 
 def made_of(plan: Plan) -> dict[str, Any]:

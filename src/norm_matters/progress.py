@@ -70,6 +70,8 @@ class ConsoleProgress:
             self._bar = _new_bar(self.stream)
             self._task = self._bar.add_task("", total=event.epochs, completed=event.epoch - 1, numbers="")
             self._bar.start()
+            # A second Ctrl-C ends the process at once, and could not bring a hidden cursor back.
+            self._bar.console.show_cursor()
         assert self._task is not None
         done = event.epoch - 1.0
         numbers = ""

@@ -5,57 +5,54 @@ all (see `core.distributed`).
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from norm_matters.core.config import OPTION_KEYS, RunConfig, differences, dump_config, flatten, load_config
+from torch import Tensor
+
+from norm_matters import resuming
+from norm_matters.core import stopping
+from norm_matters.core.config import OPTION_KEYS, RunConfig, dump_config, load_config
 from norm_matters.core.distributed import TIMEOUT, Group, explained, joined
-from norm_matters.core.errors import NumericalError, StorageError, UserError, nearest
-from norm_matters.core.ranks import digest
+from norm_matters.core.errors import NumericalError, PreemptedError, StorageError, UserError, nearest
+from norm_matters.core.faults import fault_point
+from norm_matters.core.ranks import digest, words
 from norm_matters.datasets import load_dataset
-from norm_matters.engine.instruments.collect import Instruments
+from norm_matters.engine.instruments.collect import instruments_of
 from norm_matters.engine.loop import OnProgress, Progress, training_rows
-from norm_matters.engine.step import StepOptions
-from norm_matters.plan import CHECKS, Plan, complete, headline, made_of, prepare, saved_state, short_name
+from norm_matters.engine.trace import Trace
+from norm_matters.keeping import INTERRUPTED, Keeper, preempted
+from norm_matters.models.trust import trust_named_file
+from norm_matters.plan import CHECKS, Plan, complete, headline, made_of, prepare, short_name, step_options
 from norm_matters.record import (
     Checkpoint,
     RunLog,
-    append_event,
-    append_measurements,
-    append_row,
+    check_room,
     claim_run_folder,
     collect_provenance,
     default_name,
     find_begun,
+    held,
     is_run,
-    latest_checkpoint,
-    load_checkpoint,
     read_table,
     remove_temporaries,
-    save_checkpoint,
-    trim_measurements,
-    trim_table,
     write_file,
     write_layout,
     write_provenance,
 )
+from norm_matters.record.folder import CHECKPOINTS
+from norm_matters.record.log import printable_line
+from norm_matters.record.trace import append_trace
+from norm_matters.recording import Recorder
+from norm_matters.resuming import FREE_TO_CHANGE
 
 __all__ = ["CHECKS", "FREE_TO_CHANGE", "Plan", "RunResult", "complete", "prepare", "resume", "train"]
-
-# Settings of a recorded run that a resume may change, because no result depends on them.
-FREE_TO_CHANGE = {
-    "data.workers",
-    "data.dir",
-    "data.download",
-    "device",
-    "allocator",
-    "train.epochs",
-    "train.rank_timeout",
-    "train.save_memory",
-    "train.shard_optimizer",
-}
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,8 @@ def train(
     started again after a failure continues the run that it began.
 
     Args:
-        config: the run; or give the common options by name: `train(model="resnet20", norm="l1", epochs=3)`.
+        config: the run; or give the common options by name: `train(model="resnet20", norm="l1", epochs=3)`. A model
+            file is run where it is named so, and where it is trusted (see `models.trust`).
         command: the command line, for the record.
         on_progress: called as training goes on (see `engine.loop.Progress`); in the first process only.
 
@@ -93,15 +91,22 @@ def train(
     """
     if config is None:
         config = load_config(options=_dotted(options), checks=CHECKS)
+        trust_named_file(_dotted(options))
     elif options:
         raise UserError(f"give a config or options, not both: {', '.join(options)}")
-    with joined(timeout=config.train.rank_timeout) as group:
+    started = time.monotonic()
+    with stopping.listening(*stopping.PREEMPTING), joined(timeout=config.train.rank_timeout) as group:
         begun = group.alone(lambda: _begun_before(config, group))
         if begun is not None:
-            return _resume(group, Path(begun), event="restarted", command=command, on_progress=on_progress)
+            with _locked(group, Path(begun)):
+                return _resume(
+                    group, Path(begun), event="restarted", command=command, on_progress=on_progress, started=started
+                )
         plan = _build(config, group)
+        _leave_if_asked(group)
         folder = group.alone(lambda: str(_claim(plan, group, asked=config, command=command)))
-        return _execute(plan, Path(folder), group, best=None, on_progress=on_progress)
+        with _locked(group, Path(folder)):
+            return _execute(plan, Path(folder), group, _Begun(started), on_progress=on_progress)
 
 
 def resume(
@@ -110,6 +115,7 @@ def resume(
     options: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     extend: bool = False,
+    restart: bool = False,
     command: Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> RunResult:
@@ -121,20 +127,62 @@ def resume(
         options, overrides: as for `load_config`; they may repeat the run's settings or change where and how far it
             runs (`FREE_TO_CHANGE`), nothing else.
         extend: allow another number of epochs although the schedule is relative to it; it is planned anew.
+        restart: begin again where no checkpoint can be read.
 
     Raises:
         UserError: not a run, settings that contradict it, data that changed, a damaged checkpoint.
+        RunInUseError: another process trains it.
     """
-    with joined(timeout=TIMEOUT) as group:
+    started = time.monotonic()
+    listening = stopping.listening(*stopping.PREEMPTING)
+    with listening, joined(timeout=TIMEOUT) as group, _locked(group, folder):
         return _resume(
             group,
             folder,
             options=options,
             overrides=overrides,
             extend=extend,
+            restart=restart,
             command=command,
             on_progress=on_progress,
+            started=started,
         )
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Where a run stands when a process takes it up: by default at its beginning.
+
+    Attributes:
+        started: when the process took it up (`time.monotonic`).
+        epochs: that have their row.
+        best: the best of them.
+        measured: what the instruments have of the epoch under way.
+    """
+
+    started: float
+    epochs: int = 0
+    best: dict[str, Any] | None = None
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def _locked(group: Group, folder: Path) -> Iterator[None]:
+    """Inside, no other process writes the run's folder; the first rank holds the lock."""
+    with contextlib.ExitStack() as stack:
+        group.alone(lambda: _lock(folder, stack))
+        yield
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    if not is_run(folder):
+        raise UserError(f"'{folder}' is no run folder: it needs config.yaml and provenance.json")
+    if not stack.enter_context(held(folder)):
+        RunLog(folder / "log.txt").write("warning: this file system has no locks; a second process is not kept out")
+    # What those have left that were killed: nobody else writes here now.
+    for place in (folder, folder / CHECKPOINTS):
+        if not place.is_symlink():
+            remove_temporaries(place)
 
 
 def _settings(config: RunConfig) -> str:
@@ -153,6 +201,7 @@ def _begun_before(config: RunConfig, group: Group) -> str | None:
 
 def _build(config: RunConfig, group: Group, *, restored: bool = False) -> Plan:
     """The plan of a run, its state joined with the other ranks'."""
+    fault_point("start")
     if config.data.download and group.world > 1:
         # One process of each machine fetches; the others find it done.
         group.together(lambda: None if group.ranks.local_rank else load_dataset(config.data))
@@ -171,6 +220,7 @@ def _claim(plan: Plan, group: Group, *, asked: RunConfig, command: Sequence[str]
     default = default_name(
         short_name(model.name), model.norm or "default", short_name(plan.config.data.name), plan.config.seed
     )
+    check_room(Path(plan.config.output), plan.state.checkpoint_bytes())
     folder = claim_run_folder(Path(plan.config.output), asked.name, default, again=ranks.continues)
     write_file(folder / "config.yaml", dump_config(plan.config))
     launch = None if ranks.launch is None else {"id": ranks.launch, "settings": _settings(asked)}
@@ -192,123 +242,72 @@ def _resume(
     options: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     extend: bool = False,
+    restart: bool = False,
     command: Sequence[str] | None,
     on_progress: OnProgress | None,
     event: str = "resumed",
+    started: float,
 ) -> RunResult:
     # The first rank reads; the others need not see the folder.
-    read = group.alone(lambda: _read_run(folder, options or {}, overrides))
-    config, recorded = (RunConfig.model_validate(read[key]) for key in ("config", "recorded"))
+    run = group.alone(lambda: resuming.read_run(folder, options or {}, overrides, restart=restart))
+    config, recorded = (RunConfig.model_validate(run[key]) for key in ("config", "recorded"))
     group.wait_no_longer_than(config.train.rank_timeout)
-    last = read["last"]
-    plan = _build(config, group, restored=last is not None)
-    best, done = None, 0
-    if last is not None:
-        checkpoints: list[Checkpoint] = []
-        saved = group.alone(lambda: _read_checkpoint(plan, Path(last), folder, checkpoints))
-        done, best, numbers = saved["epoch"], saved["best"], saved["training"]
-        group.alone(lambda: _check_length(plan, recorded, done, extend))
+    plan = _build(config, group, restored=run["saved"])
+    found: list[Checkpoint] = []
+    read: dict[str, Any] = {"state": None, "damaged": {}, "taken": None}
+    if run["saved"]:
+        read = group.alone(lambda: resuming.read_checkpoint(plan, folder, found, restart=restart))
+    begun = _Begun(started)
+    if read["state"]:
+        saved, numbers = read["state"], read["state"]["training"]
+        group.alone(lambda: resuming.check_length(plan, recorded, saved, extend=extend))
         model, training = (
-            group.tensors_of_first(getattr(checkpoints[0], part) if checkpoints else {})
-            for part in ("model", "training")
+            group.tensors_of_first(getattr(found[0], part) if found else {}) for part in ("model", "training")
         )
-        group.together(lambda: plan.state.load(model, training, numbers, seed=config.seed))
-        plan.state.notes += _differences_of_ranks(numbers.get("world", 1), group.world)
-    happened = {"event": event, "epoch": done, "epochs": plan.config.train.epochs, "command": list(command or [])}
+        group.together(lambda: resuming.load_state(plan, folder, model, training, numbers))
+        plan.state.notes += resuming.differences_of_ranks(numbers.get("world", 1), group.world)
+        measured = {name: tensor for name, tensor in training.items() if name.startswith("instruments/")}
+        begun = _Begun(started, saved["epoch"], saved["best"], measured)
+    plan.state.notes += resuming.notes_on_damage(read, plan)
+    _leave_if_asked(group)
+    happened = {"event": event, "command": list(command or [])}
     if group.world > 1:
         happened["processes"] = group.world
-    group.alone(lambda: _take_up(plan, folder, recorded, done, happened))
-    return _execute(plan, folder, group, best=best, on_progress=on_progress)
+    group.alone(lambda: resuming.take_up(plan, folder, recorded, read, happened))
+    return _execute(plan, folder, group, begun, on_progress=on_progress)
 
 
-def _read_run(folder: Path, options: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Settings of a recorded run, as they are recorded and as they shall be from now on, and its last checkpoint."""
-    if not is_run(folder):
-        raise UserError(f"'{folder}' is no run folder: it needs config.yaml and provenance.json")
-    recorded = load_config(folder / "config.yaml")
-    config = load_config(folder / "config.yaml", options, overrides, CHECKS)
-    before, after = flatten(recorded), flatten(config)
-    problems = [
-        f"{key}: the run in '{folder}' has {before[key]!r}, not {after[key]!r}; a resumed run keeps its settings"
-        for key in differences(recorded, config)
-        if key not in FREE_TO_CHANGE
-    ]
-    if problems:
-        raise UserError(*problems)
-    last = latest_checkpoint(folder)
-    return {
-        "config": config.model_dump(mode="json"),
-        "recorded": recorded.model_dump(mode="json"),
-        "last": None if last is None else str(last),
-    }
+def _leave_if_asked(group: Group) -> None:
+    """End here, if a signal has asked for it while things were made ready; nothing has been written yet.
+
+    Raises:
+        PreemptedError: it has; on all ranks.
+    """
+    asked = group.begin_largest([stopping.requested() or 0])()[0]
+    if asked:
+        raise preempted(f"preempted by {signal.Signals(asked).name} before the training began")
 
 
-def _read_checkpoint(plan: Plan, last: Path, folder: Path, found: list[Checkpoint]) -> dict[str, Any]:
-    """The state of a checkpoint; the checkpoint itself goes to `found`."""
-    checkpoint = load_checkpoint(last)
-    if checkpoint.state["data"]["fingerprint"] != plan.dataset.fingerprint:
-        raise UserError(
-            f"the data of '{plan.config.data.name}' is not what '{folder}' was trained on; see provenance.json"
-        )
-    found.append(checkpoint)
-    return checkpoint.state
-
-
-def _check_length(plan: Plan, recorded: RunConfig, done: int, extend: bool) -> None:
-    epochs, planned = plan.config.train.epochs, recorded.train.epochs
-    assert epochs is not None
-    if epochs < done:
-        raise UserError(f"train.epochs: {epochs} epochs asked for, but the run has done {done} already")
-    if epochs != planned and plan.regime.relative and not extend:
-        raise UserError(
-            f"train.epochs: the run was planned for {planned} epochs and its schedule is relative to that; "
-            f"--extend plans it anew for {epochs}"
-        )
-
-
-def _differences_of_ranks(before: int, now: int) -> list[str]:
-    """What a log says of a run that goes on with another number of processes."""
-    if before == now:
-        return []
-    return [
-        f"continued on {now} processes, saved by {before}: images, batches and learning rates stay the same; sums are "
-        "rounded in another order, dropout draws otherwise on other processes, and norms that are not synchronised "
-        "see other parts of a batch"
-    ]
-
-
-def _take_up(plan: Plan, folder: Path, recorded: RunConfig, done: int, event: dict[str, Any]) -> None:
-    """Bring the record back to where the checkpoint stands, and note what happens."""
-    config = plan.config
-    remove_temporaries(folder)
-    trim_table(folder / "results.csv", done)
-    trim_measurements(folder, done)
-    changed = differences(recorded, config)
-    if changed:
-        write_file(folder / "config.yaml", dump_config(config))
-        before, after = flatten(recorded), flatten(config)
-        event = {**event, "changed": {key: [before[key], after[key]] for key in changed}}
-    append_event(folder, event)
-
-
-def _execute(
-    plan: Plan, folder: Path, group: Group, *, best: dict[str, Any] | None, on_progress: OnProgress | None
-) -> RunResult:
-    """Train from where the state stands, recording every epoch; the report is written however it ends."""
+def _execute(plan: Plan, folder: Path, group: Group, begun: "_Begun", *, on_progress: OnProgress | None) -> RunResult:
+    """Train from where the state stands, recording every epoch, and a report at its end."""
     log = RunLog(folder / "log.txt")
     if not group.first:
         on_progress = None
+    keeper = Keeper(plan.config.train, plan.state, folder, started=begun.started, recorded=begun.epochs)
+    keeper.tell("starting")
     group.alone(lambda: _open_log(plan, log))
     if on_progress:
         clock = plan.state.clock
         on_progress(Progress("start", clock.epoch + 1, clock.epochs, message=f"{folder}: {headline(plan)}"))
     try:
-        _train_and_record(plan, folder, group, log, best=best, on_progress=on_progress)
+        with stopping.listening(*stopping.INTERRUPTING):
+            _train_and_record(plan, folder, group, log, keeper, begun, on_progress=on_progress)
     except BaseException as error:
+        told = explained(error, group.ranks) if isinstance(error, Exception) else error
+        _tell_the_end(keeper, told)
         if group.first:
             # The first error is the one to show: a full disk also refuses this line.
             with contextlib.suppress(StorageError):
-                told = explained(error, group.ranks) if isinstance(error, Exception) else error
                 log.write(f"stopped: {type(told).__name__}: {told}")
                 if isinstance(error, KeyboardInterrupt | NumericalError):
                     _write_report(folder)
@@ -318,7 +317,17 @@ def _execute(
         plan.train.close()
         plan.val.close()
     rows, report = group.alone(lambda: _finish(folder, log))
+    keeper.tell("done", exit_status=0)
     return RunResult(folder, rows, Path(report), rows[-1])
+
+
+def _tell_the_end(keeper: Keeper, error: BaseException) -> None:
+    """Say in status.json how this process ends: by this error."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    status = INTERRUPTED if interrupted else error.exit_status if isinstance(error, UserError) else 1
+    last = "interrupted" if interrupted else words(error)[-1] if isinstance(error, Exception) else type(error).__name__
+    resumable = interrupted or isinstance(error, PreemptedError)
+    keeper.tell("preempted" if resumable else "failed", exit_status=status, error=last)
 
 
 def _open_log(plan: Plan, log: RunLog) -> None:
@@ -330,12 +339,25 @@ def _open_log(plan: Plan, log: RunLog) -> None:
 
 
 def _finish(folder: Path, log: RunLog) -> tuple[list[dict[str, Any]], str]:
-    """Write the report; the rows of the table, and the report's path."""
+    """Write the report; the rows of the table, and the report's path.
+
+    The training is done and saved: whatever is wrong with its page is no more than a warning.
+    """
     log.write("done")
-    return read_table(folder / "results.csv"), str(_write_report(folder))
+    try:
+        report = _write_report(folder)
+    except Exception as error:
+        report = folder / "report.html"
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        warning = f"warning: no report: {reason}; 'norm-matters report {shlex.quote(str(folder))}' tries again"
+        print(printable_line(warning), file=sys.stderr)
+        with contextlib.suppress(StorageError):
+            log.write(warning)
+    return read_table(folder / "results.csv"), str(report)
 
 
 def _write_report(folder: Path) -> Path:
+    fault_point("report")
     # It needs bokeh and pandas, whose import the first step must not wait for.
     from norm_matters.report import write_report
 
@@ -347,58 +369,38 @@ def _train_and_record(
     folder: Path,
     group: Group,
     log: RunLog,
+    keeper: Keeper,
+    begun: _Begun,
     *,
-    best: dict[str, Any] | None,
     on_progress: OnProgress | None,
 ) -> None:
-    train_config, state = plan.config.train, plan.state
-    options = StepOptions(
-        train_config.accumulate,
-        train_config.clip_norm,
-        train_config.label_smoothing,
-        train_config.nonfinite,
-        train_config.save_memory,
-    )
-    level = train_config.instruments
-    instruments = None if level == "none" else Instruments(state, level=level)
+    config, state = plan.config.train, plan.state
+    instruments = instruments_of(config, state)
     if instruments:
-        group.alone(lambda: write_layout(folder, instruments.columns))
-
-    def record(row: dict[str, Any], training: Mapping[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
-        """Write what an epoch gave, and a checkpoint; the best epoch so far."""
-        append_row(folder / "results.csv", row)
-        if instruments:
-            append_measurements(folder, row["epoch"], instruments.row)
-        log.write(" ".join(f"{key}={value:g}" for key, value in row.items() if value is not None))
-        for note in state.notes:
-            log.write(note)
-        for incident in state.incidents:
-            log.write(f"warning: {incident}")
-        improved = best is None or row["val_error1"] < best["val_error1"]
-        standing = {"epoch": row["epoch"], "val_error1": row["val_error1"]} if improved else best
-        assert standing is not None
-        save_checkpoint(
-            folder,
-            step=state.clock.step,
-            model=state.model_tensors(),
-            training=training,
-            state=saved_state(plan, numbers, epoch=row["epoch"], best=standing),
-            best=improved,
-        )
-        return standing
-
+        instruments.load(begun.measured)
+        if instruments.columns:
+            group.alone(lambda: write_layout(folder, instruments.columns))
+    recorder = Recorder(plan, folder, group, log, keeper, instruments, best=begun.best, recorded=begun.epochs)
     state.notes.clear()
     rows = training_rows(
-        state, train=plan.train, val=plan.val, options=options, instruments=instruments, on_progress=on_progress
+        state,
+        train=plan.train,
+        val=plan.val,
+        options=step_options(config),
+        instruments=instruments,
+        trace=Trace(lambda row: append_trace(folder, row)),
+        on_progress=on_progress,
+        attendant=keeper,
     )
     for row in rows:
-        # Gathered from all ranks; written by the first.
-        training, numbers = state.training_tensors(), state.numbers()
-        best = group.alone(lambda: record(row, training, numbers))  # noqa: B023 (called at once)
-        state.notes.clear()
-        state.incidents.clear()
-        if on_progress:
-            on_progress(Progress("epoch", row["epoch"], state.clock.epochs, row=row))
+        if row is None:
+            recorder.pause()
+        else:
+            recorder.epoch(row)
+            if on_progress:
+                on_progress(Progress("epoch", row["epoch"], state.clock.epochs, row=row))
+        if row is None or row["epoch"] < state.clock.epochs:
+            keeper.leave_if_asked()
 
 
 def _dotted(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from norm_matters.core.config import OPTION_KEYS, RunConfig, differences, dump_config, flatten, load_config
 from norm_matters.core.errors import UserError
+from norm_matters.core.names import is_plain_name
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 PLAIN = st.recursive(
@@ -31,7 +32,7 @@ SETTINGS = st.fixed_dictionaries(
         "seed": st.integers(0, 2**70),
         "deterministic": st.booleans(),
         "output": TEXT,
-        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter(is_plain_name),
     },
 )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from norm_matters.core.distributed import wait_for_answer
 from norm_matters.core.errors import LostRankError, NumericalError, StorageError, UserError
 from norm_matters.core.ranks import (
     Ranks,
@@ -198,3 +200,16 @@ def test_a_rank_ends_with_its_launcher():
         time.sleep(0.05)
     os.kill(child, 9)
     pytest.fail("the rank lived on")
+
+
+def test_whoever_waits_where_nobody_comes_gives_up_in_time() -> None:
+    """torch's own client would try for minutes, whatever its timeout."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        begun = time.monotonic()
+        with pytest.raises(LostRankError, match=rf"nobody answers at 127\.0\.0\.1:{port}, where the ranks meet"):
+            wait_for_answer("127.0.0.1", port, 0.2)
+        assert time.monotonic() - begun < 10
+        probe.listen()
+        wait_for_answer("127.0.0.1", port, 0.2)

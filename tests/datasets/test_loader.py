@@ -18,6 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from norm_matters.bench.photos import make_photo
+from norm_matters.core import stopping
 from norm_matters.core.errors import UserError
 from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import EncodedImages, Loader, ResidentImages
@@ -206,20 +207,24 @@ def worker_pids(loader: Loader) -> list[int]:
     return [worker.pid for worker in loader._reading._processes()]
 
 
-def test_ctrl_c_leaves_workers_alone(monkeypatch):
+def test_ctrl_c_and_what_asks_a_run_to_stop_leave_workers_alone(monkeypatch):
+    """SLURM and launchers send signals to all processes of a run; the main one answers."""
     monkeypatch.setattr("norm_matters.datasets.reading.WORKER_TIMEOUT", 20)
     options = {"batch_size": 5, "train": True, "seed": 0, "transform": own_transform}
-    loader = Loader(resident(200), PLAN, workers=2, **options)
-    batches = loader.epoch(0)
-    got = [next(batches)]
-    pids = worker_pids(loader)
-    assert len(pids) == 2
-    for pid in pids:
-        os.kill(pid, signal.SIGINT)
-    got += batches
-    assert worker_pids(loader) == pids
-    assert same(got, Loader(resident(200), PLAN, **options).epoch(0))
-    loader.close()
+    with stopping.listening(*stopping.PREEMPTING):
+        loader = Loader(resident(200), PLAN, workers=2, **options)
+        batches = loader.epoch(0)
+        got = [next(batches)]
+        pids = worker_pids(loader)
+        assert len(pids) == 2
+        for pid in pids:
+            for number in (signal.SIGINT, *stopping.PREEMPTING):
+                os.kill(pid, number)
+        got += batches
+        assert worker_pids(loader) == pids
+        assert same(got, Loader(resident(200), PLAN, **options).epoch(0))
+        loader.close()
+    assert all(not Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.mark.parametrize(("kind", "words"), [("SIGKILL", "was killed by SIGKILL"), ("SIGSTOP", "timed out")])

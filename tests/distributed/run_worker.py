@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from norm_matters import run
+from norm_matters import recording, run
 from norm_matters.cli import main
 from norm_matters.core import distributed
 from norm_matters.core.errors import StorageError, UserError
@@ -31,7 +31,9 @@ def misbehave(rank: int, place: str, what: str) -> None:
     """Replace the function that is called there by one that fails at its third call, on that rank."""
     if os.environ.get("RANK") != str(rank) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         return
-    module, name = {"prepare": (run, "prepare"), "step": (loop, "train_step"), "save": (run, "save_checkpoint")}[place]
+    module, name = {"prepare": (run, "prepare"), "step": (loop, "train_step"), "save": (recording, "save_checkpoint")}[
+        place
+    ]
     whole, calls = getattr(module, name), []
 
     def failing(*arguments: Any, **options: Any) -> Any:

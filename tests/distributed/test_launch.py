@@ -1,5 +1,6 @@
 """`train --processes N`: restarts to the same bits, the culprit's last word, and nobody left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from norm_matters.core.errors import UserError
 from norm_matters.launch import check_numbers, without_options
+from norm_matters.record import find_checkpoint, load_checkpoint
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kill_ranks.py"
 sys.path.insert(0, str(BENCHMARK.parent))
@@ -110,6 +112,35 @@ def test_ctrl_c_ends_all(tmp_path: Path) -> None:
     text = trial.text()
     trial.close()
     assert "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "launcher"), (signal.SIGTERM, "a rank"), (signal.SIGTERM, "all")],
+)
+def test_a_preempted_run_is_saved_and_not_started_again(number: signal.Signals, whom: str, tmp_path: Path) -> None:
+    """Whoever gets the signal, all ranks stop after the same step, and the launcher says 75."""
+    trial = Trial(tmp_path, restarts=3, torchrun=False)
+    trial.wait_for_ranks()
+    while not list(trial.output.glob("*/results.csv")):
+        assert trial.process.poll() is None, trial.text()
+        time.sleep(0.05)
+    ranks = list(ranks_of(trial.process.pid).values())
+    for pid in {"launcher": [trial.process.pid], "a rank": ranks[:1], "all": [trial.process.pid, *ranks]}[whom]:
+        os.kill(pid, number)
+    assert trial.process.wait(timeout=100) == 75
+    text = trial.text()
+    trial.close()
+    assert [pid for pid in ranks if alive(pid)] == []
+    assert "Traceback" not in text
+    assert text.count(f"preempted by {number.name} after step") == 1
+    (run,) = trial.output.iterdir()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_status"]) == ("preempted", 75)
+    assert "events" not in json.loads((run / "provenance.json").read_text())
+    assert load_checkpoint(find_checkpoint(run, "last")).step == status["step"]
 
 
 def alive(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from norm_matters.core.config import load_config
-from norm_matters.record import TIMING_COLUMNS, load_checkpoint, read_measurements
+from norm_matters.models.trust import trust_file
+from norm_matters.record import TIMING_COLUMNS, find_checkpoint, load_checkpoint, read_measurements
 from norm_matters.run import CHECKS, resume, train
 
 WORKER = Path(__file__).with_name("run_worker.py")
@@ -38,6 +40,8 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     (folder / "plain.py").write_text(MODEL.replace("DROPOUT", ""))
     (folder / "dropout.py").write_text(MODEL.replace("DROPOUT", "nn.Dropout(0.3),"))
+    for file in folder.iterdir():
+        trust_file(file)
     return folder
 
 
@@ -247,3 +251,48 @@ def test_a_sharded_optimizer_is_saved_whole(models, tmp_path, two_ranks):
     folder = only_run(tmp_path / "cut")
     resume(folder, overrides=["train.shard_optimizer=false"])
     assert_close(folder, expected, 1e-6)
+
+
+def unlike_ranks(models: Path, output: Path) -> list[str]:
+    # Norms that differ between the ranks, and an optimizer of which each has a part.
+    own = ["model.sync_norm=false", "train.shard_optimizer=true", "train.accumulate=2", "train.instruments=all"]
+    return settings(models / "dropout.py", output, *own)
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    assert table(a) == table(b)
+    first, second = (load_checkpoint(find_checkpoint(run, "last")) for run in (a, b))
+    for part in ("model", "training"):
+        tensors, others = getattr(first, part), getattr(second, part)
+        assert tensors.keys() == others.keys()
+        assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    assert first.state["training"] == second.state["training"]
+    assert (a / "instruments.f32").read_bytes() == (b / "instruments.f32").read_bytes()
+    assert (a / "trace.csv").read_bytes() == (b / "trace.csv").read_bytes()
+    spreads = [re.findall(r"running statistics.*", (run / "log.txt").read_text()) for run in (a, b)]
+    assert spreads[0] == spreads[1] != []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_rank_is_asked_and_all_stop_alike(models, tmp_path, two_ranks, monkeypatch) -> None:
+    found = two_ranks(*unlike_ranks(models, tmp_path / "whole"))
+    assert [rank[0] for rank in found] == [0, 0], found
+    whole = only_run(tmp_path / "whole")
+    monkeypatch.setenv("NORM_MATTERS_FAULTS", "step:1:5:term")
+    found = two_ranks(*unlike_ranks(models, tmp_path / "left"))
+    assert [rank[0] for rank in found] == [75, 75], found
+    run = only_run(tmp_path / "left")
+    # Told after step 5, known to all after step 6; the first rank speaks.
+    assert found[0][2].startswith("preempted by SIGTERM after step 6 of 30; continue with: norm-matters train --resume")
+    assert found[1][2] == ""
+    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    monkeypatch.setenv("NORM_MATTERS_FAULTS", "eval:1:1:term")
+    found = two_ranks("--resume", str(run))
+    assert [rank[0] for rank in found] == [75, 75], found
+    assert "after step 15 of 30" in found[0][2]
+    assert not (run / "results.csv").exists()
+    monkeypatch.delenv("NORM_MATTERS_FAULTS")
+    found = two_ranks("--resume", str(run))
+    assert [rank[0] for rank in found] == [0, 0], found
+    assert_same_bits(run, whole)

@@ -141,7 +141,7 @@ def test_the_host_looks_every_so_many_steps_and_at_the_end_of_an_epoch() -> None
         def __len__(self) -> int:
             return 3
 
-        def epoch(self, epoch: int):
+        def epoch(self, epoch: int, start: int = 0):
             for number in range(3):
                 yield Batch(*batch(number, poisoned=(epoch, number) == (1, 0)))
 

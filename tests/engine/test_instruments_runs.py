@@ -12,6 +12,7 @@ import torch
 import norm_matters as nm
 from norm_matters.core.config import load_config
 from norm_matters.core.errors import UserError
+from norm_matters.models.trust import trust_file
 from norm_matters.record import (
     TIMING_COLUMNS,
     find_checkpoint,
@@ -41,6 +42,7 @@ FILES = ("instruments.json", "instruments.f32")
 
 def run(folder: Path, name: str, *overrides: str) -> RunResult:
     (folder / "own.py").write_text(MODEL)
+    trust_file(folder / "own.py")
     common = [
         f"model.name={folder / 'own.py'}",
         "model.norm=l1",

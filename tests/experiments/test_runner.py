@@ -167,6 +167,28 @@ def test_a_failure_does_not_stop_the_rest_and_is_told(
     assert executor.started.count(bad.name) == 2
 
 
+def test_a_preempted_run_is_resumed_as_long_as_it_comes_further(
+    tmp_path: Path, cells: list[Cell], make_run: Callable[..., Path], train: Callable[[Task], int]
+) -> None:
+    starts = []
+
+    def preempted_twice(task: Task) -> int:
+        starts.append(task.name)
+        if len(starts) == 3:
+            return train(task)
+        shutil.rmtree(tmp_path / task.name, ignore_errors=True)
+        make_run(tmp_path, cells[0], [50.0], checkpoint=len(starts))
+        return 75
+
+    runs = runs_in(tmp_path, cells[:1])
+    run_cells(runs, tmp_path, PretendExecutor(preempted_twice))
+    assert (runs[0].status, len(starts)) == ("done", 3)
+
+    executor, again = PretendExecutor(lambda task: 75), runs_in(tmp_path, cells[1:2])
+    run_cells(again, tmp_path, executor)
+    assert (again[0].status, len(executor.started)) == ("failed", 1)
+
+
 def test_a_failure_without_words_is_told(tmp_path: Path, cells: list[Cell]) -> None:
     runs = runs_in(tmp_path, cells[:1])
     run_cells(runs, tmp_path, PretendExecutor(lambda _: -9))
@@ -280,3 +302,29 @@ def test_what_a_process_leaves_that_dies_at_its_start_is_no_run_and_not_in_the_w
     assert conflicts(cells[0], tmp_path, ()) == []
     (folder / "photos").mkdir()
     assert conflicts(cells[0], tmp_path, ()) == [f"'{folder}' is in the way: it is no run folder"]
+
+
+def test_a_run_starts_when_those_before_it_are_done(
+    tmp_path: Path, cells: list[Cell], train: Callable[[Task], int]
+) -> None:
+    executor = PretendExecutor(train, capacity=4)
+    first, second, third, fourth = (cell.name for cell in cells)
+    run_cells(
+        runs_of([find_standing(cell, tmp_path) for cell in cells]),
+        tmp_path,
+        executor,
+        after={first: [third], second: [first, third]},
+    )
+    assert executor.started == [third, fourth, first, second]
+
+
+def test_a_run_after_one_that_failed_fails_with_its_name(
+    tmp_path: Path, cells: list[Cell], train: Callable[[Task], int]
+) -> None:
+    executor = PretendExecutor(lambda task: 1 if task.name == cells[0].name else train(task))
+    runs = runs_of([find_standing(cell, tmp_path) for cell in cells])
+    names = [cell.name for cell in cells]
+    run_cells(runs, tmp_path, executor, after={names[1]: [names[0]], names[2]: [names[1]]})
+    assert [run.status for run in runs] == ["failed", "failed", "failed", "done"]
+    assert runs[1].error == f"it comes after {names[0]}, which failed"
+    assert executor.started == [names[0], names[3]]

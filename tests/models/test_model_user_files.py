@@ -10,6 +10,7 @@ from torch import nn
 from norm_matters.core.config import ModelConfig
 from norm_matters.core.errors import UserError
 from norm_matters.models import build_model, check_model
+from norm_matters.models.trust import trust_file
 from norm_matters.norms import spec_of
 
 EXAMPLE = """
@@ -71,6 +72,7 @@ def build(tmp_path):
     def build(text: str, *, num_classes: int = 10, input_size: int | None = 16, **settings):
         path = tmp_path / "own.py"
         path.write_text(text)
+        trust_file(path)
         config = ModelConfig(name=str(path), **settings)
         return build_model(config, num_classes=num_classes, in_channels=3, input_size=input_size)
 

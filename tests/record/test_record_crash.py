@@ -97,6 +97,13 @@ def save(run, step, best):
     return save_checkpoint(run, step=step, model=model, training={"m": model["weight"] / 3}, state={}, best=best)
 
 
+def save_three(run):
+    """The best, one that the next save removes, and the last."""
+    save(run, 10, True)
+    save(run, 15, False)
+    save(run, 20, False)
+
+
 def step_of(run, prefer):
     checkpoint = load_checkpoint(find_checkpoint(run, prefer))
     assert set(checkpoint.model["weight"].tolist()) == {checkpoint.step}
@@ -104,14 +111,18 @@ def step_of(run, prefer):
 
 
 def assert_clean(run):
+    """There are the two newest and the best, and nothing that a kill has left."""
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    steps = sorted(name for name in names if name.startswith("step-"))
     links = {os.readlink(run / "checkpoints" / name) for name in ("last", "best")}
-    assert {path.name for path in (run / "checkpoints").iterdir()} == links | {"last", "best"}
+    assert names == links | {"last", "best"} | set(steps[-2:])
+    for name in steps:
+        load_checkpoint(run / "checkpoints" / name)
 
 
 def count_calls(disk, tmp_path, best):
     run = new_run(tmp_path / "count")
-    save(run, 10, True)
-    save(run, 20, False)
+    save_three(run)
     counter = disk()
     save(run, 30, best)
     return len(counter.calls)
@@ -125,8 +136,7 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint(disk, tmp_path,
     for n in range(1, total + 1):
         disk()
         run = new_run(tmp_path / str(n))
-        save(run, 10, True)
-        save(run, 20, False)
+        save_three(run)
         disk(n)
         with pytest.raises(KilledError):
             save(run, 30, best)
@@ -189,8 +199,7 @@ def test_an_error_at_any_call_is_one_line_and_keeps_the_old_checkpoint(disk, tmp
     for n in range(1, count_calls(disk, tmp_path, True) + 1):
         disk()
         run = new_run(tmp_path / str(n))
-        save(run, 10, True)
-        save(run, 20, False)
+        save_three(run)
         disk(n, fault)
         message = None
         try:
@@ -210,8 +219,7 @@ def test_an_error_at_any_call_is_one_line_and_keeps_the_old_checkpoint(disk, tmp
 def test_data_is_on_the_disk_before_its_name_is(disk, tmp_path):
     """Power may fail anywhere: nothing is renamed before it is synced, nothing removed before the rename is."""
     run = new_run(tmp_path / "run")
-    save(run, 10, True)
-    save(run, 20, False)
+    save_three(run)
     counter = disk()
     save(run, 30, False)
     files_module.write_file(run / "report.html", b"x" * 10)
@@ -261,7 +269,9 @@ def test_a_full_tmpfs_keeps_the_old_checkpoint(tmp_path):
         run = new_run(mounted / "run")
         save(run, 10, True)
         large = {"weight": torch.zeros(50_000)}
-        with pytest.raises(StorageError, match=r"No space left on device \(0\.\d MB free there\)") as caught:
+        with pytest.raises(
+            StorageError, match=r"No space left on device \(0\.\d MB free there, 0\.2 MB needed\)"
+        ) as caught:
             save_checkpoint(run, step=20, model=large, training={}, state={}, best=True)
         assert caught.value.exit_status == 74
         assert step_of(run, "last") == step_of(run, "best") == 10

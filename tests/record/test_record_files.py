@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,6 +138,7 @@ def test_everything_but_checkpoints_works_without_torch(tmp_path):
 import sys
 sys.modules["torch"] = None
 from pathlib import Path
+from types import SimpleNamespace
 import norm_matters.record as record
 run = record.claim_run_folder(Path({str(tmp_path)!r}), "a", "b")
 record.write_file(run / "config.yaml", "")
@@ -150,3 +152,14 @@ assert not set(sys.modules) & {{"pandas", "bokeh", "numpy", "safetensors", "pyda
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_disk_without_room_for_three_is_refused_with_numbers(tmp_path, monkeypatch):
+    free = files.shutil.disk_usage(tmp_path).free
+    files.check_room(tmp_path / "not" / "yet", free // 4)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: SimpleNamespace(free=2_999_999))
+    files.check_room(tmp_path, 999_999)
+    words = rf"^{tmp_path}: 3\.0 MB are free, and 3\.0 MB are needed, for 3 checkpoints of 1\.0 MB each; make room, or"
+    with pytest.raises(StorageError, match=words) as caught:
+        files.check_room(tmp_path / "not" / "yet", 1_000_000)
+    assert caught.value.exit_status == 74

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from norm_matters.core.errors import StorageError, UserError
-from norm_matters.record import RunLog, append_event, collect_provenance, write_provenance
+from norm_matters.record import RunLog, append_event, collect_provenance, note_unreadable, write_provenance
 from norm_matters.record.provenance import _commit
 
 
@@ -103,3 +103,15 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path):
     assert _commit(package) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (package / "new.py").write_text("")
     assert _commit(package) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+
+
+def test_images_that_cannot_be_read_are_noted_once(tmp_path):
+    write_provenance(tmp_path, {"command": []})
+    assert note_unreadable(tmp_path, {"a": "a: gone"}) == (["a: gone"], {"a": "a: gone"})
+    assert note_unreadable(tmp_path, {"a": "a: gone", "b": "b: cut"}) == (["b: cut"], {"a": "a: gone", "b": "b: cut"})
+    before = (tmp_path / "provenance.json").read_bytes()
+    assert note_unreadable(tmp_path, {})[1] == {"a": "a: gone", "b": "b: cut"}
+    assert (tmp_path / "provenance.json").read_bytes() == before
+    write_provenance(tmp_path, {"unreadable_images": [3]})
+    with pytest.raises(UserError, match="unreadable_images are no list of images"):
+        note_unreadable(tmp_path, {})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from norm_matters.core.errors import StorageError, UserError
+from norm_matters.record import note_unreadable
 from norm_matters.report import write_report
 
 STATES = ("done", "none", "one", "lost", "huge", "all lost", "all infinite", "all empty")
@@ -54,6 +55,17 @@ def test_a_lost_loss_is_said(runs_in_all_states: dict[str, Path]) -> None:
     assert "The training loss is not a finite number in epoch 2 and 1 later." in text
     assert "The validation loss is not a finite number in epoch 2 and 1 later." in text
     assert "not a finite number" not in body(write_report(runs_in_all_states["done"]))
+
+
+def test_images_for_which_others_stood_in_are_counted(make_run: Callable[..., Path]) -> None:
+    folder = make_run("run", [{}])
+    assert "could not be read" not in body(write_report(folder))
+    note_unreadable(folder, {"a.png": "a.png: no image"})
+    assert "1 training image could not be read: others of the same class stood in." in body(write_report(folder))
+    note_unreadable(folder, {"a.png": "a.png: no image", "b.png": "b.png: cut"})
+    text = body(write_report(folder))
+    assert "2 training images could not be read" in text
+    assert "b.png: cut" in text
 
 
 def test_a_page_is_replaced(make_run: Callable[..., Path]) -> None:

@@ -162,7 +162,7 @@ def _measurement(
 @contextlib.contextmanager
 def _process(case: TrainCase, pages: str) -> Iterator["_Process"]:
     """A process with that setting of malloc, ended when it is left."""
-    command = [sys.executable, "-m", "norm_matters.bench.train_arms"]
+    command = [sys.executable, "-P", "-m", "norm_matters.bench.train_arms"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield _Process(process, case, pages)

@@ -78,3 +78,35 @@ class Duration:
 
     def __str__(self) -> str:
         return f"{float(self.amount):g}{self.unit}"
+
+
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+
+def parse_seconds(text: str) -> float:
+    """Read a time such as `30s`, `5min` or `1.5h`.
+
+    Raises:
+        ValueError: it is none, or not above zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip())
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"'{text}' is no time above zero; write 30s, 5min or 2h")
+    return seconds
+
+
+def parse_interval(text: str) -> Duration | float:
+    """Read what lies between two events: a length of training (`1ep`, `500st`, `10%`), or a time in seconds (`5min`).
+
+    Raises:
+        ValueError: it is none, or not above zero.
+    """
+    for parse in (Duration.parse, parse_seconds):
+        try:
+            found = parse(text)
+        except ValueError:
+            continue
+        if not isinstance(found, Duration) or found.amount > 0:
+            return found
+    raise ValueError(f"'{text}' is no interval above zero; write 1ep (epochs), 500st (steps), 10%, 30s, 5min or 2h")

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from norm_matters.core.clock import parse_interval, parse_seconds
 from norm_matters.core.errors import UserError, nearest
+from norm_matters.core.names import PATTERN, RULE, is_plain_name
 from norm_matters.core.yaml import MAX_BYTES, MAX_DEPTH, read_yaml, write_yaml
 
 OPTION_KEYS: dict[str, str] = {
@@ -18,6 +20,7 @@ OPTION_KEYS: dict[str, str] = {
     "dataset": "data.name",
     "data_dir": "data.dir",
     "download": "data.download",
+    "bad_images": "data.bad_images",
     "batch_size": "data.batch_size",
     "lr": "regime.lr",
     "epochs": "train.epochs",
@@ -25,6 +28,9 @@ OPTION_KEYS: dict[str, str] = {
     "nonfinite": "train.nonfinite",
     "compile": "train.compile",
     "save_memory": "train.save_memory",
+    "checkpoint_every": "train.checkpoint_every",
+    "keep": "train.keep",
+    "max_time": "train.max_time",
     "seed": "seed",
     "device": "device",
     "output": "output",
@@ -54,8 +60,24 @@ def _all_finite(value: Any) -> bool:
     return all(map(_all_finite, items))
 
 
-# Text that is not empty and has no NUL, which no path may hold.
-_Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+def _interval(value: str) -> str:
+    parse_interval(value)
+    return value
+
+
+def _time(value: str) -> str:
+    parse_seconds(value)
+    return value
+
+
+def _run_name(value: str) -> str:
+    if not is_plain_name(value):
+        raise ValueError(f"it is no folder name on every system; use {RULE}, and no name of a device such as CON")
+    return value
+
+
+# Text that is not empty, no longer than a path may be, and has no NUL, which no path may hold.
+_Text = Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=4096)]
 _Plain = AfterValidator(_plain)
 
 
@@ -95,6 +117,12 @@ class DataConfig(_Section):
     batch_size: int = Field(default=128, ge=1, description="a whole number from 1")
     cutout: int = Field(default=0, ge=0, description="a whole number from 0")
     draft: bool = Field(default=True, description="true or false")
+    # Whether links in a folder of images may lead out of it.
+    links: bool = Field(default=False, description="true or false")
+    # What happens when training meets an image that cannot be read; evaluation always fails.
+    bad_images: Annotated[str, Field(pattern=r"^(fail|skip:[1-9][0-9]{0,8})$")] = Field(
+        default="fail", description="fail, or skip:N with the number of images that may be skipped at most"
+    )
 
 
 class RegimeConfig(_Section):
@@ -109,6 +137,8 @@ class RegimeConfig(_Section):
     # How learning rates follow the batch size, and the batch size that they are written for.
     lr_rule: Literal["none", "linear", "sqrt"] = Field(default="none", description="none, linear or sqrt")
     lr_batch: int | None = Field(default=None, ge=1, description="a whole number from 1")
+    # The run whose recorded norms `instead_of_decay` in a phase follows.
+    norms: _Text | None = Field(default=None, description="a run folder with recorded norms")
 
     @model_validator(mode="after")
     def _rule_has_a_batch(self) -> "RegimeConfig":
@@ -140,12 +170,19 @@ class TrainConfig(_Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="a number from 0, below 1")
     nonfinite: Literal["stop", "skip", "rollback"] = Field(default="stop", description="stop, skip or rollback")
     instruments: Literal["none", "default", "all"] = Field(default="default", description="none, default or all")
+    record_norms: Literal["none", "epoch", "step"] = Field(default="none", description="none, epoch or step")
     compile: bool = Field(default=False, description="true or false")
     cuda_graphs: bool = Field(default=False, description="true or false")
     save_memory: bool = Field(default=False, description="true or false")
     # Of runs on many ranks: whether each keeps a part of the optimizer's state, and how long it waits for the others.
     shard_optimizer: bool = Field(default=False, description="true or false")
     rank_timeout: float = Field(default=600.0, gt=0, le=86400, description="seconds, above 0")
+    # When a checkpoint is written, how many of the newest are kept (beside the best), and how long the process may run.
+    checkpoint_every: Annotated[str, AfterValidator(_interval)] = Field(
+        default="1ep", description="an interval such as 1ep, 500st or 5min"
+    )
+    keep: int = Field(default=2, ge=2, description="a whole number from 2")
+    max_time: Annotated[str, AfterValidator(_time)] | None = Field(default=None, description="a time such as 55min")
 
 
 class RunConfig(_Section):
@@ -164,8 +201,8 @@ class RunConfig(_Section):
     allocator: Literal["keep", "default"] = Field(default="keep", description="keep or default")
     kernels: Literal["auto", "reference"] = Field(default="auto", description="auto or reference")
     output: _Text = Field(default="runs", description="a folder")
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = Field(
-        default=None, description="a folder name of at most 128 letters, digits, '.', '_' and '-'"
+    name: Annotated[str, Field(pattern=PATTERN), AfterValidator(_run_name)] | None = Field(
+        default=None, description=f"a folder name: {RULE}"
     )
 
 

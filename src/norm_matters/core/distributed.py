@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from norm_matters.core.errors import LostRankError, NumericalError, StorageError, UserError
+from norm_matters.core import stopping
+from norm_matters.core.errors import LostRankError, NumericalError, RunInUseError, StorageError, UserError
 from norm_matters.core.ranks import (
     ONE_PROCESS,
     Ranks,
@@ -41,10 +43,16 @@ TIMEOUT = 600.0
 PATIENCE = 10.0
 """Seconds that a rank which has lost another leaves the launcher to end it, so that the culprit has the last word."""
 
+SECONDS_BETWEEN_TRIES = 0.05
+"""How often a rank knocks where the ranks meet."""
+
 MOMENT = 1.0
 """Seconds that the other ranks leave the first to say why all of them end."""
 
-_KINDS = {kind.exit_status: kind for kind in (UserError, StorageError, NumericalError, LostRankError)}
+_LOOPBACK = "127.0.0.1"
+_THIS_MACHINE = ("localhost", _LOOPBACK)
+
+_KINDS = {kind.exit_status: kind for kind in (UserError, RunInUseError, StorageError, NumericalError, LostRankError)}
 # What torch raises when a rank is gone or silent: RuntimeErrors, some of them of no class of their own.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "ncclUnhandled")
 _SILENT = ("Timed out waiting", "Application timeout", "wait timeout", "timed out after")
@@ -170,6 +178,26 @@ class Group:
         """The largest of the ranks' numbers."""
         return max(self.gather(number))
 
+    def begin_largest(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin to find the largest of the ranks' numbers, each in its place; what is returned waits for the outcome.
+
+        Whole numbers only. Meanwhile this rank may go on, and exchange other things.
+        """
+        if self.world == 1:
+            return lambda: list(numbers)
+        import torch
+        import torch.distributed as dist
+
+        largest = torch.tensor(numbers, dtype=torch.int64)
+        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._control, async_op=True)
+
+        def outcome() -> list[int]:
+            assert work is not None
+            work.wait()
+            return largest.tolist()
+
+        return outcome
+
     def sums(self, numbers: Sequence[float]) -> list[float]:
         """The ranks' numbers added in float64, in the order of the ranks; the same on all."""
         return [sum(values) for values in zip(*self.gather(list(numbers)), strict=True)]
@@ -234,7 +262,7 @@ def joined(*, timeout: float = TIMEOUT) -> Iterator[Group]:
         told = explained(error, ranks)
         if isinstance(told, LostRankError):
             # The launcher ends us first where it watches; then the last words are those of the rank that was lost.
-            time.sleep(PATIENCE)
+            stopping.wait(PATIENCE)
         else:
             note_failure(words(told), told.exit_status if isinstance(told, UserError) else 1)
             if getattr(told, "shared", False):
@@ -304,6 +332,8 @@ def _group(ranks: Ranks, timeout: float) -> Iterator[Group]:
         torch.cuda.set_device(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     wait = timedelta(seconds=timeout)
+    if ranks.address in _THIS_MACHINE:
+        _stay_on_this_machine()
     store = _own_part(_store(ranks, wait), ranks)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=wait)
     yield Group(ranks)
@@ -319,15 +349,57 @@ def _store(ranks: Ranks, wait: timedelta) -> "Store":
 
     # torchrun's own process may house it; then no rank does.
     housed = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master, alone = ranks.first and not housed, ranks.address in _THIS_MACHINE
+    address = _LOOPBACK if alone else ranks.address
+    if not is_master:
+        wait_for_answer(address, ranks.port, wait.total_seconds())
     return TCPStore(
-        ranks.address,
+        address,
         ranks.port,
         ranks.world,
-        is_master=ranks.first and not housed,
+        is_master=is_master,
         timeout=wait,
         multi_tenant=True,
         wait_for_workers=False,
+        master_listen_fd=_listening_to_this_machine(ranks.port) if is_master and alone else None,
     )
+
+
+def wait_for_answer(address: str, port: int, seconds: float) -> None:
+    """Wait until the rank that houses the store has come up; torch itself would wait many times as long.
+
+    Raises:
+        LostRankError: nobody answers for so long.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise LostRankError(
+                    f"nobody answers at {address}:{port}, where the ranks meet ({error.strerror or error}); "
+                    "train.rank_timeout says how long to wait"
+                ) from error
+        time.sleep(SECONDS_BETWEEN_TRIES)
+
+
+def _listening_to_this_machine(port: int) -> int:
+    """A socket that no other machine reaches: by itself a store listens to the whole network, and trusts everybody."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((_LOOPBACK, port))
+        listener.listen()
+        return listener.detach()
+
+
+def _stay_on_this_machine() -> None:
+    """Have gloo and NCCL listen to this machine alone, unless somebody has said where."""
+    with contextlib.suppress(OSError):
+        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
+            os.environ.setdefault(variable, str(loopback))
 
 
 _joins = itertools.count()

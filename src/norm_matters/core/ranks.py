@@ -20,6 +20,9 @@ from norm_matters.core.errors import NumericalError, UserError
 LAUNCH_VARIABLE = "NORM_MATTERS_LAUNCH"
 """A name of one's own for what is started: whatever is started again under it continues the run that it began."""
 
+STOP_VARIABLE = "NORM_MATTERS_STOPPED"
+"""Where the ranks of `norm-matters train --processes` leave word of a stop that they were asked for."""
+
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -227,6 +230,32 @@ def note_failure(problems: Iterable[str], status: int) -> None:
         temporary.replace(place)
     except OSError:
         pass  # torchrun does without
+
+
+def note_stop(status: int) -> None:
+    """Leave word for `norm-matters train --processes` that all ranks end because they were asked to: no failure.
+
+    Args:
+        status: what it is to exit with.
+    """
+    place = os.environ.get(STOP_VARIABLE)
+    if place:
+        with contextlib.suppress(OSError):
+            Path(place).write_text(str(status))
+
+
+def status_of_rank(status: int) -> int:
+    """What this process exits with: 0 after `note_stop`, so that its launcher starts nothing again."""
+    place = os.environ.get(STOP_VARIABLE)
+    return 0 if place and noted_stop(Path(place)) == status else status
+
+
+def noted_stop(place: Path) -> int | None:
+    """The status that the ranks have left word of; None where they have not."""
+    try:
+        return int(place.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def check_earlier_attempts(ranks: Ranks) -> None:

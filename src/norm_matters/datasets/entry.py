@@ -1,7 +1,7 @@
 """From a name to images, labels and everything about them that a run has to know and to record."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -256,6 +256,26 @@ def _moments(images: ResidentImages) -> tuple[tuple[float, ...], tuple[float, ..
     # A set of one colour has no deviation to divide by.
     std = torch.where(std < 1, 255.0, std)
     return tuple(round(v, 4) for v in (mean / 255).tolist()), tuple(round(v, 4) for v in (std / 255).tolist())
+
+
+def explain_change(before: Any, now: Mapping[str, Any]) -> str:
+    """How two fingerprints of what should be the same data differ, in words.
+
+    Args:
+        before, now: see `Dataset.fingerprint`; the first was read from a file.
+    """
+    facts = []
+    before = before if isinstance(before, Mapping) else {}
+    for part in ("train", "val"):
+        old, new = before.get(part), now[part]
+        count = old.get("images") if isinstance(old, Mapping) else None
+        if count != new["images"]:
+            facts.append(f"its {part} part has {new['images']} images instead of {count!r:.20}")
+        elif old != new:
+            facts.append(f"its {part} part has as many images, of other names, sizes, labels or contents")
+    if before.get("classes") != now["classes"]:
+        facts.append(f"it has {now['classes']} classes instead of {before.get('classes')!r:.20}")
+    return "; ".join(facts) or "it has another name"
 
 
 def _fingerprint(name: str, classes: tuple[str, ...], train: Images, val: Images, val_name: str) -> dict[str, Any]:

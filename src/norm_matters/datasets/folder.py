@@ -27,19 +27,22 @@ def read_imagefolder(data: "DataConfig", argument: str) -> Source:
     root = Path(data.dir or "").expanduser() / Path(argument).expanduser()
     if not root.is_dir():
         raise UserError(f"dataset 'imagefolder:{argument}': {root} is no folder")
+    home = None if data.links else root
     if not (root / "train").is_dir():
-        train, classes = scan(root)
+        train, classes = scan(root, home=home)
         return Source(train=train, val=None, classes=classes)
     val = next((name for name in VAL_NAMES if (root / name).is_dir()), None)
-    return read_parts(root, val)
+    return read_parts(root, val, home=home)
 
 
-def read_parts(root: Path, val: str | None, *, epochs: int = 30, keep: bool = False) -> Source:
+def read_parts(
+    root: Path, val: str | None, *, epochs: int = 30, keep: bool = False, home: Path | None = None
+) -> Source:
     """Read ROOT/train and the folder `val` beside it, which must have the same classes; see `scan`."""
-    train, classes = scan(root / "train", keep=keep)
+    train, classes = scan(root / "train", keep=keep, home=home)
     if val is None:
         return Source(train=train, val=None, classes=classes, epochs=epochs)
-    images, val_classes = scan(root / val, keep=keep)
+    images, val_classes = scan(root / val, keep=keep, home=home)
     if val_classes != classes:
         lacking = {"train": set(val_classes) - set(classes), val: set(classes) - set(val_classes)}
         facts = "; ".join(f"{part} lacks {_some(names)}" for part, names in lacking.items() if names)
@@ -47,13 +50,13 @@ def read_parts(root: Path, val: str | None, *, epochs: int = 30, keep: bool = Fa
     return Source(train=train, val=images, classes=classes, val_name=VAL_NAMES[val], epochs=epochs)
 
 
-def scan(root: Path, *, keep: bool = False) -> tuple[EncodedImages, tuple[str, ...]]:
+def scan(root: Path, *, keep: bool = False, home: Path | None = None) -> tuple[EncodedImages, tuple[str, ...]]:
     """List the images below each folder in `root`: its name is their class.
 
     Hidden files and files without an image's ending are passed over.
 
     Args:
-        keep: keep the list for the next time; see `list_images`.
+        keep, home: see `list_images`.
 
     Raises:
         UserError: for no class, a single class, or a class without images.
@@ -63,7 +66,7 @@ def scan(root: Path, *, keep: bool = False) -> tuple[EncodedImages, tuple[str, .
         raise UserError(f"{root} has no folders; there should be one per class")
     if len(classes) == 1:
         raise UserError(f"{root} has one class only ('{classes[0]}'); training needs two or more")
-    names, sizes = list_images(root, keep=keep)
+    names, sizes = list_images(root, keep=keep, home=home)
     numbers = {name: label for label, name in enumerate(classes)}
     # A file in `root` itself has no class.
     labels = np.array(

@@ -29,6 +29,7 @@ CHARACTERS = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 DEBIAN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
 UNSIGNED_BYTE = 8
 MAX_BYTES = 2**30
+MAX_DIMENSIONS = 4
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -48,6 +49,8 @@ def read_idx(path: Path) -> np.ndarray:
             head = file.read(4)
             if len(head) < 4 or head[:2] != b"\0\0" or head[2] != UNSIGNED_BYTE:
                 raise UserError(f"{path} is no idx file of bytes")
+            if not 1 <= head[3] <= MAX_DIMENSIONS:
+                raise UserError(f"{path} is damaged: it has {head[3]} dimensions")
             shape = struct.unpack(f">{head[3]}I", file.read(4 * head[3]))
             # One byte more than there should be tells a longer file, and a damaged head cannot fill the memory.
             values = file.read(min(math.prod(shape), MAX_BYTES) + 1)

@@ -47,19 +47,20 @@ def read_imagenet(data: "DataConfig", argument: str) -> Source:
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise missing(root / part, fetched=False)
+    home = None if data.links else base
     if any(entry.is_dir() for entry in (root / "val").iterdir()):
-        source = read_parts(root, "val", epochs=EPOCHS, keep=True)
+        source = read_parts(root, "val", epochs=EPOCHS, keep=True, home=home)
     else:
-        train, classes = scan(root / "train", keep=True)
-        val = _flat(root, base, classes)
+        train, classes = scan(root / "train", keep=True, home=home)
+        val = _flat(root, base, classes, home)
         source = Source(train=train, val=val, classes=classes, val_name="validation", epochs=EPOCHS)
     names = _class_names(root, base)
     return replace(source, classes=tuple(names.get(folder, folder) for folder in source.classes))
 
 
-def _flat(root: Path, base: Path, classes: tuple[str, ...]) -> EncodedImages:
+def _flat(root: Path, base: Path, classes: tuple[str, ...], home: Path | None) -> EncodedImages:
     """The images in val/, with labels from a list."""
-    files, sizes = list_images(root / "val", keep=True)
+    files, sizes = list_images(root / "val", keep=True, home=home)
     if not files:
         raise UserError(f"{root / 'val'} has no images")
     place, wnids = _labels(root, base)

@@ -1,6 +1,7 @@
 """The image files in a folder and below it, with their sizes; a million of them in seconds."""
 
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,20 +33,23 @@ class Listing(NamedTuple):
     sizes: np.ndarray
 
 
-def list_images(root: Path, *, keep: bool = False) -> Listing:
+def list_images(root: Path, *, keep: bool = False, home: Path | None = None) -> Listing:
     """List the images in a folder and below it. Hidden files and files without an image's ending are passed over.
 
     Links to folders are followed in `root` itself only.
 
     Args:
+        home: `root` or a folder above it, out of which no link may lead: an image of a stranger's could be any file of
+            the user's. None: links may lead anywhere.
         keep: keep the list for the next time. It counts until a file or folder is added, removed or renamed: a file
             that is written over in its place keeps the size that is listed.
 
     Raises:
-        UserError: a folder or a file cannot be looked at.
+        UserError: a folder or a file cannot be looked at, is a pipe or device, or leads out of `home`.
     """
-    place = os.path.realpath(root)
-    kept = read_kept("listings", VERSION, place) if keep else None
+    place, border = os.path.realpath(root), "" if home is None else os.path.realpath(home)
+    _check_inside(str(root), place, border)
+    kept = read_kept("listings", VERSION, place, border) if keep else None
     if kept is not None:
         with suppress(ValueError, OSError):
             return _unpack(kept, root)
@@ -54,18 +58,26 @@ def list_images(root: Path, *, keep: bool = False) -> Listing:
     try:
         for name, is_folder in sorted((entry.name, entry.is_dir()) for entry in os.scandir(root)):
             if is_folder and not name.startswith("."):
-                files += sorted(_walk(os.path.join(root, name), f"{name}/", folders))
-        files += sorted(_walk(str(root), "", folders, deeper=False))
+                folder = os.path.join(root, name)
+                _check_inside(folder, os.path.realpath(folder), border)
+                files += sorted(_walk(folder, f"{name}/", folders, border))
+        files += sorted(_walk(str(root), "", folders, border, deeper=False))
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
     listing = Listing(Names.of(name for name, _ in files), np.array([size for _, size in files], dtype=np.int64))
     if keep and max(changed for _, changed in folders) < time.time_ns() - RACE:
-        write_kept(_pack(listing, folders), "listings", VERSION, place)
+        write_kept(_pack(listing, folders), "listings", VERSION, place, border)
     return listing
 
 
+def _check_inside(path: str, place: str, border: str) -> None:
+    """Raise UserError where a path leads to a place beyond the border; "" is none."""
+    if border and os.path.commonpath([place, border]) != border:
+        raise UserError(f"{path} is or has a link that leads out of {border}, to {place}; data.links=true allows that")
+
+
 def _walk(
-    folder: str, prefix: str, folders: list[tuple[str, int]], *, deeper: bool = True
+    folder: str, prefix: str, folders: list[tuple[str, int]], border: str, *, deeper: bool = True
 ) -> Iterator[tuple[str, int]]:
     """Name and size of each image, in any order; adds each folder and when it changed."""
     folders.append((prefix, os.stat(folder).st_mtime_ns))
@@ -74,9 +86,14 @@ def _walk(
             name = entry.name
             if entry.is_dir():
                 if deeper and not entry.is_symlink():
-                    yield from _walk(entry.path, f"{prefix}{name}/", folders)
+                    yield from _walk(entry.path, f"{prefix}{name}/", folders, border)
             elif name.lower().endswith(ENDINGS) and not name.startswith("."):
-                yield prefix + name, entry.stat().st_size
+                if entry.is_symlink():
+                    _check_inside(entry.path, os.path.realpath(entry.path), border)
+                facts = entry.stat()
+                if not stat.S_ISREG(facts.st_mode):
+                    raise UserError(f"{entry.path} is no regular file")
+                yield prefix + name, facts.st_size
 
 
 def _pack(listing: Listing, folders: list[tuple[str, int]]) -> bytes:

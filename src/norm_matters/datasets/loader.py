@@ -63,6 +63,7 @@ class Loader:
             batch, so that together they see the batches that one process sees; in evaluation each gets whole batches,
             in turns, so that every batch is what it is in one process.
         chunks: how many chunks a training batch is taken in; each rank gets its share of every chunk.
+        to_skip: how many training images may be unreadable; others of their classes stand in for them.
 
     Attributes:
         workers: how many there are.
@@ -83,6 +84,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         chunks: int = 1,
+        to_skip: int = 0,
     ) -> None:
         assert 0 <= rank < world
         self.images = images
@@ -103,7 +105,15 @@ class Loader:
         if transform is not None or not isinstance(images, ResidentImages):
             self.workers = count_workers(self.device) if workers == "auto" else workers
             self._reading = Reading(
-                images, preprocessing, train=train, seed=seed, workers=self.workers, transform=transform
+                images,
+                preprocessing,
+                train=train,
+                seed=seed,
+                workers=self.workers,
+                transform=transform,
+                to_skip=to_skip if train else 0,
+                # In training the other ranks would wait in vain for this one's share of the step.
+                interruptible=not train or world == 1,
             )
 
     def __len__(self) -> int:
@@ -123,6 +133,7 @@ class Loader:
 
         Raises:
             UserError: naming the image, where one cannot be read; and the worker, where one died or got stuck.
+            StopRequestedError: the process is asked to stop, and waits for a batch.
         """
         chunks = self._chunks(epoch)[start:]
         augmented = self.preprocessing if self.train and self.transform is None else None
@@ -137,6 +148,11 @@ class Loader:
         finally:
             if read is not None:
                 read.close()
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Name of each image that could not be read so far, and for which another stood in -> why; of this rank."""
+        return dict(self._reading.unreadable) if self._reading else {}
 
     def _chunks(self, epoch: int) -> list[np.ndarray]:
         """The numbers of the images in each of this rank's batches."""

@@ -1,18 +1,21 @@
 """`dataset.json` and `index.safetensors`, which `norm-matters data pack` writes beside its shards."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.json import parse_json
+from norm_matters.core.reading import read_regular
 from norm_matters.datasets.shards import Shard, unpack_shards
 from norm_matters.datasets.tars import header_fits
 
 MANIFEST, INDEX, JOURNAL = "dataset.json", "index.safetensors", "packing.jsonl"
 MAX_BYTES = 2**26
+# Fifty bytes and a name for each image: enough for twenty million.
+MAX_INDEX = 2**31
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -80,16 +83,12 @@ def read_json(file: Path) -> Any:
         UserError: it cannot be read, or is no JSON.
     """
     try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES:,} bytes")
-        return json.loads(data)
+        return parse_json(read_regular(file, limit=MAX_BYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
@@ -116,7 +115,7 @@ def packed_shards(folder: Path, manifest: Manifest) -> dict[str, PackedShard]:
     """File name -> what is in it, from the index; nothing where index, manifest and files do not fit together."""
     facts = manifest.shards
     try:
-        data = (folder / INDEX).read_bytes()
+        data = read_regular(folder / INDEX, limit=MAX_INDEX)
         if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
             return {}
         shards = unpack_shards(data, [shard.bytes for shard in facts])
@@ -137,7 +136,7 @@ def packed_classes(folder: Path) -> tuple[str, ...] | None:
     if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
         return tuple(classes)
     try:
-        lines = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_regular(folder / "classes.txt", limit=MAX_BYTES).decode().splitlines()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

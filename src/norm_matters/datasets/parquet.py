@@ -1,7 +1,6 @@
 """Parquet files in the layout of the Hugging Face hub: a column of image bytes, a column of labels."""
 
 import hashlib
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -14,11 +13,12 @@ import numpy as np
 import torch
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.json import parse_json
 from norm_matters.datasets.cache import cache_key, read_cached, write_cached
 from norm_matters.datasets.entry import DatasetEntry, Source, numbered_classes
 from norm_matters.datasets.images import EncodedImages, Images, ResidentImages, decode_image, file_size
 from norm_matters.datasets.manifest import PackedShard, packed_shards, read_manifest
-from norm_matters.datasets.rowgroups import RowGroups, read_groups
+from norm_matters.datasets.rowgroups import RowGroups, open_parquet, read_groups
 from norm_matters.datasets.stored import LARGE, StoredImages, stored_images
 
 if TYPE_CHECKING:
@@ -122,9 +122,9 @@ def find_files(path: Path) -> tuple[list[Path], list[Path], str]:
 
 def _columns(file: Path) -> tuple[str, str, tuple[str, ...] | None]:
     """Names of the columns of images and labels, and of the classes where the file has them."""
-    pa, pq = _pyarrow()
+    pa = _pyarrow()
     try:
-        schema = pq.read_schema(file)
+        schema = open_parquet(file).schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} is no parquet file: {_line(error)}") from None
     image = next((f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0), None)
@@ -137,19 +137,19 @@ def _columns(file: Path) -> tuple[str, str, tuple[str, ...] | None]:
 
 def _class_names(metadata: bytes | None, label: str) -> tuple[str, ...] | None:
     try:
-        return tuple(map(str, json.loads(metadata or b"")["info"]["features"][label]["names"]))
+        return tuple(map(str, parse_json(metadata or b"")["info"]["features"][label]["names"]))
     except (ValueError, KeyError, TypeError):  # the metadata are a courtesy of the writer
         return None
 
 
 def _read(files: Sequence[Path], image: str, label: str) -> _Part:
-    pa, pq = _pyarrow()
+    pa = _pyarrow()
     labels: list[int | str] = []
     rows: list[int] = []
     for file in files:
         try:
             # Not `read_table`, which imports a second of code.
-            values = pq.ParquetFile(file).read(columns=[label]).column(label).to_pylist()
+            values = open_parquet(file).read(columns=[label]).column(label).to_pylist()
         except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{file} cannot be read: {_line(error)}") from None
         for row, value in enumerate(values):
@@ -185,11 +185,11 @@ class _RowNames(Sequence[str]):
 
 def _contents(part: _Part) -> Iterator[bytes]:
     """The bytes of each image."""
-    pa, pq = _pyarrow()
+    pa = _pyarrow()
     for file in part.files:
         row = 0
         try:
-            for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=[part.column]):
+            for batch in open_parquet(file).iter_batches(BATCH, columns=[part.column]):
                 for cell in batch.column(part.column).to_pylist():
                     if not cell or not cell["bytes"]:
                         raise UserError(f"{file}, row {row} has no bytes in column '{part.column}'")
@@ -263,13 +263,13 @@ def _decode_all(part: _Part, root: Path) -> torch.Tensor | None:
     return torch.from_numpy(nhwc).permute(0, 3, 1, 2) if count else None
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def _pyarrow() -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError("parquet datasets need pyarrow: pip install 'norm-matters[parquet]'") from None
-    return pyarrow, pyarrow.parquet
+    return pyarrow
 
 
 def _line(error: Exception) -> str:

@@ -5,16 +5,19 @@ small in containers, and need the worker's help to be opened, for which torch wa
 """
 
 import ctypes
+import errno
 import gc
 import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,14 +27,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as MapDataset
 
-from norm_matters.core.errors import UserError
+from norm_matters.core import stopping
+from norm_matters.core.errors import LostWorkerError, UserError
+from norm_matters.core.faults import fault_point
 from norm_matters.core.seeding import generator
 from norm_matters.datasets.images import Images
+from norm_matters.datasets.standing_in import UnreadableImageError, check_unreadable, stand_ins
 from norm_matters.transforms.image import apply_own, evaluation_pixels, training_pixels
 from norm_matters.transforms.preprocessing import Preprocessing
 
 # Seconds without a batch after which workers count as stuck: without a limit, one stopped worker hangs a run for ever.
 WORKER_TIMEOUT = 300
+# Seconds between two looks, while nothing comes, at whether the process is asked to stop.
+LOOK_EVERY = 0.5
 # More workers than this wait for the disk, or for the main process.
 MAX_WORKERS = 16
 # On a CPU, the cores that train for each worker that reads.
@@ -64,6 +72,24 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
+def check_shared_memory(workers: int) -> None:
+    """Raise UserError where /dev/shm has no room for the locks of so many workers, before anything waits for them.
+
+    Batches need none of it; but each lock takes a page there, and containers may have next to nothing.
+    """
+    try:
+        # As many as the two loaders of a run have: an event and a queue, and a queue for each worker.
+        locks = [multiprocessing.Lock() for _ in range(2 * (8 + 3 * workers))]
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"data.workers: {workers}: there is no room in /dev/shm for the locks of workers; give it a megabyte "
+            "(docker run --shm-size=1m), or take data.workers=0"
+        ) from None
+    del locks
+
+
 class Reading:
     """Reads the images of batches, in order.
 
@@ -74,6 +100,11 @@ class Reading:
         seed: of the augmentation.
         workers: processes that read ahead; 0 reads in this one.
         transform: a user's own; replaces ours.
+        to_skip: how many training images may be unreadable; others stand in for them.
+        interruptible: a process that is asked to stop (see `core.stopping`) waits for no batch.
+
+    Attributes:
+        unreadable: name of each image that could not be read, and for which another stood in -> why.
     """
 
     def __init__(
@@ -85,13 +116,31 @@ class Reading:
         seed: int,
         workers: int,
         transform: Transform | None,
+        to_skip: int = 0,
+        interruptible: bool = False,
     ) -> None:
+        assert train or not to_skip, "evaluation takes every image"
         self.workers = workers
         self.images = images
+        self.to_skip = to_skip
+        self.interruptible = interruptible
+        self._patience = WORKER_TIMEOUT
+        self.unreadable: dict[str, str] = {}
+        if workers:
+            check_shared_memory(workers)
         # Which image each worker is on, -1 for none: written there, read here when one does not answer any more.
         self._places: Any = multiprocessing.RawArray(ctypes.c_int64, [-1] * workers) if workers else [-1]
         self._work: list[_Item] = []
-        reader = _Reader(images, preprocessing, self._places, train=train, seed=seed, transform=transform)
+        reader = _Reader(
+            images,
+            preprocessing,
+            self._places,
+            train=train,
+            seed=seed,
+            transform=transform,
+            to_skip=to_skip,
+            interruptible=interruptible,
+        )
         with warnings.catch_warnings():
             # More workers than cores is the user's choice.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -101,8 +150,8 @@ class Reading:
                 sampler=self._work,
                 num_workers=workers,
                 collate_fn=_identity,
-                timeout=WORKER_TIMEOUT if workers else 0,
-                worker_init_fn=start_worker,
+                timeout=LOOK_EVERY if workers else 0,
+                worker_init_fn=partial(start_worker, ignored=_ignored()),
                 # Of its own: otherwise each epoch takes a number from the global stream.
                 generator=generator(seed, "workers"),
                 persistent_workers=workers > 0,
@@ -116,6 +165,7 @@ class Reading:
 
         Raises:
             UserError: naming the image, where one cannot be read; and the worker, where one died or got stuck.
+            StopRequestedError: the process is asked to stop, and waits.
         """
         self._work[:] = [(epoch, chunk) for chunk in chunks]
         try:
@@ -125,6 +175,10 @@ class Reading:
                 result = self._wait(results, number)
                 if isinstance(result, _Failure):
                     raise UserError(*result.problems)
+                if isinstance(result, _Mended):
+                    self.unreadable |= result.unreadable
+                    check_unreadable(self.unreadable, self.to_skip)
+                    result = result.batch
                 yield torch.from_numpy(result)
         except BaseException:
             self.close()
@@ -148,19 +202,23 @@ class Reading:
             iterator._shutdown_workers()
         self._loader._iterator = None
 
-    def _wait(self, results: Iterator[Any], number: int) -> "np.ndarray | _Failure":
+    def _wait(self, results: Iterator[Any], number: int) -> "np.ndarray | _Mended | _Failure":
         """The batch of that number in the epoch."""
-        try:
-            with _on_death(_death_handler):
-                # Whoever died while nobody waited.
-                if self._dead():
-                    raise RuntimeError("DataLoader worker exited")
-                return next(results)
-        except RuntimeError as error:
-            # torch's words for a worker that was killed, and for one that hangs; others come from a transform.
-            if not str(error).startswith("DataLoader ") or not self.workers:
-                raise
-            raise UserError(f"data.workers: {self.workers}: {self._explain(number)}") from error
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                with _on_death(_death_handler):
+                    # Whoever died while nobody waited.
+                    if self._dead():
+                        raise RuntimeError("DataLoader worker exited")
+                    return next(results)
+            except RuntimeError as error:
+                # torch's words for a worker that was killed, and for one that hangs; others come from a transform.
+                if not str(error).startswith("DataLoader ") or not self.workers:
+                    raise
+                if not str(error).startswith("DataLoader timed out") or time.monotonic() > deadline:
+                    raise LostWorkerError(f"data.workers: {self.workers}: {self._explain(number)}") from error
+                _stop_if_asked(self.interruptible)
 
     def _dead(self) -> list[int]:
         return [n for n, worker in enumerate(self._processes()) if worker.exitcode is not None]
@@ -182,7 +240,7 @@ class Reading:
             code = process.exitcode
             end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
             return f"{who} {end} while it was busy{image}; try fewer workers, which need less memory"
-        return f"{who} timed out: no batch for {self._loader.timeout:g} seconds while it was busy{image}"
+        return f"{who} timed out: no batch for {self._patience:g} seconds while it was busy{image}"
 
 
 _Item = tuple[int, np.ndarray]
@@ -193,6 +251,14 @@ class _Failure:
     """A UserError on its way out of a worker: torch would wrap the exception itself in a page of traceback."""
 
     problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Mended:
+    """A batch in which others stand in for images that could not be read: name -> why."""
+
+    batch: np.ndarray
+    unreadable: dict[str, str]
 
 
 class _Reader(MapDataset[Any]):
@@ -207,6 +273,8 @@ class _Reader(MapDataset[Any]):
         train: bool,
         seed: int,
         transform: Transform | None,
+        to_skip: int,
+        interruptible: bool,
     ) -> None:
         self.images = images
         self.preprocessing = preprocessing
@@ -214,32 +282,70 @@ class _Reader(MapDataset[Any]):
         self.train = train
         self.seed = seed
         self.transform = transform
+        self.to_skip = to_skip
+        self.interruptible = interruptible
 
-    def __getitem__(self, item: _Item) -> np.ndarray | _Failure:
+    def __getitem__(self, item: _Item) -> np.ndarray | _Mended | _Failure:
         epoch, indices = item
         info = get_worker_info()
         worker = info.id if info else 0
+        unreadable: dict[str, str] = {}
         try:
             tensors = []
             for index in map(int, indices):
+                if info is None:
+                    _stop_if_asked(self.interruptible)
                 self.places[worker] = index
-                tensors.append(self._tensor(epoch, index))
-            return self._stack(tensors)
+                tensors.append(self._readable(epoch, index, unreadable))
+            batch = self._stack(tensors)
+            return _Mended(batch, unreadable) if unreadable else batch
         except UserError as error:
             return _Failure(error.problems)
         finally:
             self.places[worker] = -1
 
-    def _tensor(self, epoch: int, index: int) -> Tensor:
+    def _readable(self, epoch: int, index: int, unreadable: dict[str, str]) -> Tensor:
+        """The image, or the first that can be read of those that may stand in for it; what cannot is noted."""
+        try:
+            return self._tensor(epoch, index, index)
+        except UnreadableImageError as error:
+            if not self.to_skip:
+                raise
+            unreadable[self.images.name(index)] = str(error)
+            for other in stand_ins(self.images.labels, index, seed=self.seed, epoch=epoch, count=self.to_skip):
+                try:
+                    return self._tensor(epoch, index, other)
+                except UnreadableImageError as another:
+                    unreadable[self.images.name(other)] = str(another)
+            check_unreadable(unreadable, self.to_skip)
+            raise
+
+    def _tensor(self, epoch: int, index: int, source: int) -> Tensor:
+        """An image as the network sees it, or another one treated as if it were that."""
         if self.transform is not None:
-            return self._own(self.images.image(index), self.transform, epoch, index)
+            return self._own(self._image(source)[0], self.transform, epoch, index)
         if not self.train:
-            return evaluation_pixels(self.images.image(index), self.preprocessing)
+            return evaluation_pixels(self._image(source)[0], self.preprocessing)
 
         def read(reduction: Callable[[int, int], int]) -> tuple[Image.Image, tuple[int, int]]:
-            return self.images.reduced(index, reduction if self.preprocessing.draft else lambda width, height: 1)
+            return self._image(source, reduction if self.preprocessing.draft else None)
 
         return training_pixels(read, self.preprocessing, seed=self.seed, epoch=epoch, index=index)
+
+    def _image(
+        self, index: int, reduction: Callable[[int, int], int] | None = None
+    ) -> tuple[Image.Image, tuple[int, int]]:
+        """An image and its full width and height."""
+        try:
+            fault_point("data", step=index)
+            if reduction is not None:
+                return self.images.reduced(index, reduction)
+            image = self.images.image(index)
+        except UserError as error:
+            raise UnreadableImageError(*error.problems) from None
+        except OSError as error:
+            raise UnreadableImageError(f"{self.images.name(index)}: it cannot be read: {error.strerror}") from None
+        return image, image.size
 
     def _own(self, image: Image.Image, transform: Transform, epoch: int, index: int) -> Tensor:
         # Evaluation is the same at every epoch, also where a transform draws.
@@ -266,11 +372,22 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def start_worker(worker: int) -> None:
-    # Where a server process starts the workers, they do not inherit the blocked signal.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_worker(worker: int, *, ignored: Iterable[int] = (signal.SIGINT,)) -> None:
+    # Where a server process starts the workers, they do not inherit the blocked signals.
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     # To look for garbage in what was inherited would write to every page of it, and each worker would have a copy.
     gc.freeze()
+
+
+def _ignored() -> frozenset[int]:
+    """The signals that are for the main process alone, though they may reach all processes of the run."""
+    return stopping.listened_to() | {signal.SIGINT}
+
+
+def _stop_if_asked(interruptible: bool) -> None:
+    if interruptible and stopping.requested():
+        raise stopping.StopRequestedError
 
 
 # What torch does at a worker's end: it raises wherever the main thread happens to be, in the middle of a training step
@@ -282,11 +399,12 @@ _death_handler: Any = None
 def start_of_workers() -> Iterator[None]:
     """Inside, workers may be started.
 
-    Ctrl-C reaches every process of the run, and only the main one answers it. Workers inherit the blocked signal, so
-    they ignore it from their first moment on; here it is delivered when they have been started.
+    Ctrl-C reaches every process of the run, and only the main one answers it; so do the signals that ask a run to stop.
+    Workers inherit them blocked, so they ignore them from their first moment on; here they are delivered when the
+    workers have been started.
     """
     global _death_handler
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ignored())
     main = threading.current_thread() is threading.main_thread()
     deaths = signal.getsignal(signal.SIGCHLD)
     try:

@@ -20,6 +20,9 @@ WINDOW_SHARE = 3 / 4
 MIN_KEPT = 3
 # Files that a process keeps open: what they say of their row groups may take megabytes.
 MAX_OPEN = 8
+# Images hardly shrink: a file that unpacks to more than so many times its size is an attack. Small ones may.
+MAX_RATIO = 100
+SMALL_FILE = 2**28
 
 
 class Groups(NamedTuple):
@@ -105,18 +108,39 @@ class RowGroups(Store):
 
     def _load(self, file: int, number: int) -> Any:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         try:
             if file not in self._open:
                 while len(self._open) >= MAX_OPEN:
                     self._open.pop(next(iter(self._open)))
-                self._open[file] = pq.ParquetFile(self.files[file])
+                self._open[file] = open_parquet(self.files[file])
             table = self._open[file].read_row_group(number, columns=[f"{self.column}.bytes"], use_threads=False)
             return pa.chunked_array([chunk.field("bytes") for chunk in table.column(0).chunks])
         except (OSError, KeyError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.files[file]}, row group {number} cannot be read: {reason}") from None
+
+
+def open_parquet(file: Path) -> Any:
+    """Open a file that a stranger may have made: nothing is read of it that unpacks to more than it can hold.
+
+    Returns:
+        A pyarrow.parquet.ParquetFile.
+
+    Raises:
+        UserError: it is no regular file, or says that it has more rows than bytes, or unpacks to far more.
+        OSError, pyarrow.ArrowException: it cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    if not file.is_file():
+        raise UserError(f"{file} is no file")
+    found, size = pq.ParquetFile(file), os.stat(file).st_size
+    groups = [found.metadata.row_group(number) for number in range(found.metadata.num_row_groups)]
+    rows, unpacked = sum(group.num_rows for group in groups), sum(group.total_byte_size for group in groups)
+    if not 0 <= rows <= size or not 0 <= unpacked <= max(SMALL_FILE, MAX_RATIO * size):
+        raise UserError(f"{file} says that its {size:,} bytes unpack to {rows:,} rows of {unpacked:,} bytes")
+    return found
 
 
 def read_groups(files: Sequence[Path], column: str) -> Groups:
@@ -126,12 +150,11 @@ def read_groups(files: Sequence[Path], column: str) -> Groups:
         UserError: naming the file that cannot be read, or lacks the column.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     found: list[tuple[int, int, int, int]] = []
     for place, file in enumerate(files):
         try:
-            metadata = pq.ParquetFile(file).metadata
+            metadata = open_parquet(file).metadata
             paths = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
             leaf = paths.index(f"{column}.bytes")
             for number in range(metadata.num_row_groups):

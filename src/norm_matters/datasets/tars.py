@@ -1,6 +1,5 @@
 """Tar archives in the WebDataset layout, KEY.jpg beside KEY.cls: where each image lies. Nothing is ever extracted."""
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.json import parse_json
 from norm_matters.datasets.listing import ENDINGS
 from norm_matters.datasets.names import Names
 from norm_matters.datasets.shards import Shard
@@ -82,10 +82,14 @@ def _members(file: Path, stream: BinaryIO) -> Iterator[_Member]:
         if start.startswith(magic):
             raise UserError(f"{file} is compressed ({name}): images are read where they lie; unpack it to a plain .tar")
     stream.seek(0)
-    last = ""
+    last, place = "", -1
     try:
         with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
+                if archive.offset <= place:
+                    # A size below zero, which tarfile follows round and round (CVE-2025-8194).
+                    raise UserError(f"{file} is damaged{last}: a header leads back to byte {archive.offset:,}")
+                place = archive.offset
                 archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it would keep all of them
                 last = f" after {member.name!r}"
                 if not member.isreg():
@@ -129,10 +133,10 @@ def _sample(file: Path, stream: BinaryIO, members: list[_Member]) -> tuple[_Memb
 
 def _label(text: bytes, place: str, *, as_json: bool) -> int:
     try:
-        value = json.loads(text)["label"] if as_json else int(text)
+        value = parse_json(text)["label"] if as_json else int(text)
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62:
             return value
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     shown = repr(text[:40])[1:]
     wanted = 'an object with a whole number as "label"' if as_json else "a whole number"

@@ -25,12 +25,15 @@ class Meter:
 
     Args:
         device: where the sums live.
+
+    Attributes:
+        classes: of the batches seen; 0 before the first.
     """
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums = torch.zeros(4, dtype=dtype, device=device)
-        self._classes = 0
+        self.classes = 0
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> None:
         """Add one batch.
@@ -42,13 +45,22 @@ class Meter:
             counted: flag (no dimension); where it is false the batch is left out.
         """
         with torch.no_grad():
-            self._classes = logits.shape[1]
+            self.classes = logits.shape[1]
             batch = batch_sums(loss, logits, labels)
             self._sums += batch if counted is None else torch.where(counted, batch, 0.0)
 
     def scores(self, group: Group = ALONE) -> Scores:
         """Read the means, over all ranks of the group; this waits for the device."""
-        return scores_of(group.sums(self._sums.tolist()), self._classes)
+        return scores_of(group.sums(self.sums()), self.classes)
+
+    def sums(self) -> list[float]:
+        """The sums to the last digit (see `batch_sums`); this waits for the device."""
+        return self._sums.tolist()
+
+    def load(self, sums: Sequence[float], classes: int) -> None:
+        """Go on from what `sums` gave."""
+        self._sums.copy_(torch.tensor(sums, dtype=self._sums.dtype))
+        self.classes = classes
 
 
 def batch_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

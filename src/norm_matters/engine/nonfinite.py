@@ -48,7 +48,7 @@ def first_nonfinite(
                 f"its input: {', '.join(given)}"
             )
 
-    with preserved_rng(), _kept_buffers(module), _watched(module, look), torch.no_grad(), context():
+    with preserved_rng(), kept_buffers(module), _watched(module, look), torch.no_grad(), context():
         module(images)
     return found[0] if found else None
 
@@ -160,7 +160,7 @@ def _watched(module: nn.Module, look: Callable[..., None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept_buffers(module: nn.Module) -> Iterator[None]:
+def kept_buffers(module: nn.Module) -> Iterator[None]:
     """Put every buffer back at the end."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:

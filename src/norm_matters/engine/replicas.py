@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from norm_matters.core.distributed import Group
@@ -64,8 +65,7 @@ class Replicas:
             The largest difference there was between any rank's and the first's, relative to the largest number in
             the tensor.
         """
-        parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
-        own = [tensor for name, tensor in self._module.state_dict().items() if name not in parameters]
+        own = list(self._statistics().values())
         before = [tensor.clone() for tensor in own]
         self.group.copy_from(0, own)
         pairs = [(old.double(), new.double()) for old, new in zip(before, own, strict=True) if new.is_floating_point()]
@@ -73,6 +73,30 @@ class Replicas:
             ((old - new).abs().max() / new.abs().max().clamp(min=1e-30)).item() for old, new in pairs if old.numel()
         ]
         return self.group.largest(max(found, default=0.0))
+
+    def gather_statistics(self) -> dict[str, Tensor]:
+        """Of all that `share_statistics` shares, what differs now: `rank1/...` and so on; on the first rank only."""
+        first, *others = self.group.gather_tensors(self._statistics()) or [{}]
+        first = {name: tensor.cpu() for name, tensor in first.items()}
+        return {
+            f"rank{rank}/{name}": tensor
+            for rank, part in enumerate(others, start=1)
+            for name, tensor in part.items()
+            if not torch.equal(tensor, first[name])
+        }
+
+    def load_statistics(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `gather_statistics` gave for this rank; the network has the first rank's already."""
+        with torch.no_grad():
+            for name, tensor in self._statistics().items():
+                own = tensors.get(f"rank{self.group.rank}/{name}")
+                if own is not None:
+                    tensor.copy_(own)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """What a checkpoint has of the network besides its weights."""
+        parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
+        return {name: tensor for name, tensor in self._module.state_dict().items() if name not in parameters}
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_WORDS = 624
+"""Of the state of numpy's generator, MT19937."""
+
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the streams of torch (every device), numpy and Python: tensors, and what JSON can hold."""
@@ -37,6 +40,9 @@ def restore_rng(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     if torch.backends.mps.is_available() and "mps" in tensors:
         torch.mps.set_rng_state(tensors["mps"].clone())
     name, position, has_gauss, gauss = numbers["numpy"]
+    if not (type(position) is int and 0 <= position <= _WORDS and tensors["numpy"].shape == (_WORDS,)):
+        # numpy does not look, and would read words beyond the end of its state.
+        raise ValueError(f"numpy's random state has {_WORDS} words, and a position among them")
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
     version, words, next_gauss = numbers["python"]
     random.setstate((version, tuple(words), next_gauss))

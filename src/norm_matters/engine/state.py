@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from norm_matters.core.clock import Clock
 from norm_matters.core.distributed import ALONE, Group
 from norm_matters.core.errors import NumericalError, UserError
-from norm_matters.core.shares import share_sizes
+from norm_matters.core.shares import chunk_sizes, share_sizes
 from norm_matters.engine.compiled import Forward, compiled_forward
-from norm_matters.engine.nonfinite import PATIENCE, DeferredVerdicts, Policy
+from norm_matters.engine.epoch import EpochSoFar
+from norm_matters.engine.nonfinite import PATIENCE, DeferredVerdicts, Policy, all_finite, describe_range
 from norm_matters.engine.precision import PRECISIONS, LossScale, input_dtype
 from norm_matters.engine.replicas import Replicas, Shards, gather_rng, restore_own_rng, seed_rank
-from norm_matters.norms import RunningStatistics
+from norm_matters.engine.tensors import lay_out, load_weights, part, with_prefix
+from norm_matters.norms import RunningStatistics, norms_of
 from norm_matters.regimes import Regime, RegimeOptimizer
 from norm_matters.weights import project, projected_weights
+from norm_matters.weights.recorded import RecordedNorms
 
 
 class TrainingState:
@@ -32,9 +35,13 @@ class TrainingState:
         compiled: train with compiled code; evaluation and instruments run the network as it is written.
         cuda_graphs: record the compiled code's kernels once and replay them.
         deferred: decide on the device, without waiting for it, whether a step is finite; on a GPU by default.
+        norms: of a recorded run, for what stands in for weight decay in the regime.
 
     Attributes:
         forward: what a training step calls: the network, or its compiled form with the same weights.
+        so_far: of the epoch that is under way; None between two epochs.
+        pieces: in which this rank takes its part of each chunk, for there is no memory for it at once.
+        rehearsed: whether ranks have tried how much they have memory for.
         group: the ranks that train it together; `join` says so.
     """
 
@@ -50,11 +57,15 @@ class TrainingState:
         compiled: bool = False,
         cuda_graphs: bool = False,
         deferred: bool | None = None,
+        norms: RecordedNorms | None = None,
     ) -> None:
         self.device = device
         self.clock = clock
         self.skipped_steps = 0
         self.given_up_in_a_row = 0
+        self.so_far: EpochSoFar | None = None
+        self.pieces = 1
+        self.rehearsed = False
         # What happened since the last row was recorded, for the log.
         self.incidents: list[str] = []
         self.notes: list[str] = []
@@ -71,7 +82,7 @@ class TrainingState:
                 if parameter.requires_grad and parameter.dtype != originals[name].dtype
             }
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self.optimizer = RegimeOptimizer(module, regime, trained | self.masters)
+        self.optimizer = RegimeOptimizer(module, regime, trained | self.masters, norms=norms, clock=clock)
         self.input_dtype = input_dtype(module)
         # Bound once: a named_parameters() walk at every step costs more than a small network's arithmetic.
         self._pairs = [(self.masters[name], parameter) for name, parameter in trained.items() if name in self.masters]
@@ -119,11 +130,20 @@ class TrainingState:
         whole = images if group.world == 1 else self.clock.batch_size
         sizes = share_sizes(whole, accumulate, rank=group.rank, world=group.world)
         assert sum(sizes) == images, f"{images} images are no share of {whole}"
+        if self.pieces > 1:
+            sizes = [piece for size in sizes for piece in chunk_sizes(size, self.pieces)]
         return [(size, size / whole * group.world) for size in sizes]
 
     def exchanging(self, wanted: bool) -> contextlib.AbstractContextManager:
         """The context of a backward pass after which the gradients are averaged over the ranks, or not yet."""
         return contextlib.nullcontext() if self._replicas is None else self._replicas.exchanging(wanted)
+
+    def agree_on_pieces(self) -> None:
+        """Take as many pieces as the rank that has least memory; the same work on all, and the first can tell of it."""
+        most = int(self.group.largest(self.pieces))
+        if most > self.pieces:
+            self.pieces = most
+            self.notes.append(f"a rank has less memory than this one: all take chunks in {most} pieces from here on")
 
     def share_statistics(self) -> float | None:
         """Make the first rank's running statistics those of all, before they are used or saved.
@@ -225,26 +245,57 @@ class TrainingState:
         weights: dict[str, Tensor] = self.module.state_dict() | self.masters
         return {name: tensor.detach() for name, tensor in weights.items()}
 
+    def first_not_finite(self) -> str | None:
+        """The first weight, or running statistic of a norm, that is not finite, and its range; None for none.
+
+        A statistic may be so although every loss was finite: training does not look at it.
+        """
+        tensors = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        tensors |= {
+            f"{name}.{own}": buffer for name, norm in norms_of(self.module) for own, buffer in norm.named_buffers()
+        }
+        floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        if all_finite(list(floating.values())):
+            return None
+        name = next(name for name, tensor in floating.items() if not all_finite([tensor]))
+        return f"'{name}': {describe_range(floating[name])}"
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: weights, buffers, and two numbers for each weight that is trained."""
+        trained = sum(parameter.nbytes for parameter in self.optimizer.parameters())
+        return sum(tensor.nbytes for tensor in self.model_tensors().values()) + 2 * trained
+
     def training_tensors(self) -> dict[str, Tensor]:
-        """Optimizer and random state, by `optimizer/...` and `rng/...`; on the first rank, but all ranks call this."""
-        optimizer = self.optimizer.tensors()
-        if self._shards is not None:
-            optimizer = self._shards.gather_tensors(optimizer)
-        return {f"optimizer/{name}": tensor for name, tensor in optimizer.items()} | gather_rng(self.group)[0]
+        """All tensors but the network's: `optimizer/...`, `rng/...`, and in the middle of an epoch what else counts.
+
+        On the first rank, but all ranks call this.
+        """
+        tensors = with_prefix("optimizer/", self._of_all_ranks(self.optimizer.tensors()))
+        tensors |= gather_rng(self.group)[0]
+        if self.so_far is not None and self._replicas is not None:
+            tensors |= self._replicas.gather_statistics()
+        if self.so_far is not None and self._remembered is not None:
+            tensors |= with_prefix("remembered/model/", self._remembered.model)
+            tensors |= with_prefix("remembered/optimizer/", self._of_all_ranks(self._remembered.optimizer))
+        return tensors
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as JSON can hold it; all ranks call this."""
         self.settle()
-        optimizer = self.optimizer.numbers()
-        if self._shards is not None:
-            optimizer = self._shards.gather_numbers(optimizer)
+        so_far, remembered = self.so_far, None
+        if so_far is not None and self._remembered is not None:
+            _, _, optimizer, clock = self._remembered
+            remembered = {"step": clock.step, "optimizer": self._numbers_of_all_ranks(optimizer)}
         return {
             "step": self.clock.step,
+            "epoch": None if so_far is None else so_far.numbers(self.group),
+            "remembered": remembered,
             "skipped_steps": self.skipped_steps,
             "given_up_in_a_row": self.given_up_in_a_row,
-            "rejected_updates": self.rejected_updates(),
-            "optimizer": optimizer,
+            "rejected_updates": self.group.gather(self._rejected_before + self.statistics.rejected()),
+            "optimizer": self._numbers_of_all_ranks(self.optimizer.numbers()),
             "scale": self.scale.state() if self.scale else None,
+            "pieces": self.group.gather(self.pieces),
             "world": self.group.world,
             **gather_rng(self.group)[1],
         }
@@ -261,20 +312,52 @@ class TrainingState:
             UserError: the checkpoint is of another network, or part of the state is missing.
         """
         self._load_weights(model)
+        if self._replicas is not None:
+            self._replicas.load_statistics(training)
         self.clock = self.clock.at_step(int(numbers["step"]))
         self.skipped_steps = int(numbers["skipped_steps"])
         self.given_up_in_a_row = int(numbers["given_up_in_a_row"])
         self._verdicts = None
-        self._rejected_before = int(numbers["rejected_updates"])
+        rejected = numbers["rejected_updates"]
+        # One number in checkpoints of version 1: that of the rank that left out most.
+        ranks = rejected if isinstance(rejected, list) else [rejected] * self.group.world
+        self._rejected_before = int(ranks[self.group.rank] if len(ranks) == self.group.world else max(ranks))
         if (self.scale is None) != (numbers["scale"] is None):
             raise UserError("the checkpoint was written in another precision: only one of the two has a loss scale")
         if self.scale is not None:
             self.scale.load(numbers["scale"])
-        optimizer = _part(training, "optimizer/"), numbers["optimizer"]
-        if self._shards is not None:
-            optimizer = self._shards.own_part(*optimizer)
-        self.optimizer.load(*optimizer, self.clock)
+        self.optimizer.load(*self._own_part(part(training, "optimizer/"), numbers["optimizer"]), self.clock)
+        # Checkpoints of version 1 have none.
+        pieces = numbers.get("pieces", [1])
+        self.pieces = int(pieces[self.group.rank] if len(pieces) == self.group.world else max(pieces))
+        epoch = numbers.get("epoch")
+        self.so_far = None if epoch is None else EpochSoFar.load(epoch, self.device, self.group)
+        self._remembered = self._load_remembered(training, numbers.get("remembered"))
         restore_own_rng(self.group, training, numbers, seed=seed, step=self.clock.step)
+
+    def _load_remembered(
+        self, training: Mapping[str, Tensor], numbers: Mapping[str, Any] | None
+    ) -> "_Remembered | None":
+        if numbers is None:
+            return None
+        model = part(training, "remembered/model/")
+        if model.keys() != self.module.state_dict().keys():
+            raise UserError("the checkpoint lacks tensors of the state that it would roll back to")
+        optimizer = self._own_part(part(training, "remembered/optimizer/"), numbers["optimizer"])
+        return _Remembered(model, *optimizer, self.clock.at_step(int(numbers["step"])))
+
+    def _of_all_ranks(self, optimizer: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The optimizer's tensors, where each rank has a part, of all of them; on the first."""
+        return optimizer if self._shards is None else self._shards.gather_tensors(optimizer)
+
+    def _numbers_of_all_ranks(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        return optimizer if self._shards is None else self._shards.gather_numbers(optimizer)
+
+    def _own_part(
+        self, tensors: dict[str, Tensor], numbers: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Of an optimizer's state what this rank keeps."""
+        return (tensors, numbers) if self._shards is None else self._shards.own_part(tensors, numbers)
 
     def _load_weights(self, model: Mapping[str, Tensor]) -> None:
         load_weights(self.module, model)
@@ -290,35 +373,3 @@ class _Remembered(NamedTuple):
     optimizer: dict[str, Tensor]
     numbers: dict[str, Any]
     clock: Clock
-
-
-def lay_out(module: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    """Bring the tensors of four dimensions into a memory format, in place; others have no such format."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=memory_format)
-    return module
-
-
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a state_dict into a network whose names and shapes must be the same.
-
-    Raises:
-        UserError: naming the first five entries that are missing, unexpected or of another shape.
-    """
-    own = module.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in own]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"the weights are of another network: {', '.join(problems[:5])}{more}")
-    module.load_state_dict(dict(tensors))
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from norm_matters.core.errors import NumericalError
+from norm_matters.core.faults import fault_point
 from norm_matters.engine.compiled import compilation_explained
+from norm_matters.engine.memory import TornExchangeError, is_out_of_memory, rehearse, within_memory
 from norm_matters.engine.metrics import Meter
 from norm_matters.engine.nonfinite import (
     PATIENCE,
@@ -69,7 +71,7 @@ def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options:
     Raises:
         NumericalError: the step is not finite and the policy is to stop, or was so too often in a row; or gradients
             overflow at every loss scale. The weights are those before the step.
-        UserError: the network cannot be compiled, and it was asked for.
+        UserError: the network cannot be compiled, and it was asked for; or there is no memory for the step.
     """
     learning_rate = state.optimizer.prepare(state.clock)
     state.optimizer.zero_grad()
@@ -77,23 +79,7 @@ def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options:
     may_skip = state.scale is not None or options.nonfinite != "stop"
     if may_skip:
         state.statistics.commit()
-    seen: list[Outcome] = []
-    parts = state.parts(len(images), options.accumulate)
-    sizes = [size for size, _ in parts]
-    for (_, weight), image_chunk, label_chunk in zip(parts, images.split(sizes), labels.split(sizes), strict=True):
-        last = len(seen) == len(parts) - 1
-        saving = saving_memory() if options.save_memory else contextlib.nullcontext()
-        # The forward pass decides too whether the backward pass exchanges gradients: once, at the last chunk.
-        with state.exchanging(last), saving, state.precision.context(state.device), compilation_explained():
-            logits = state.forward(image_chunk.to(state.input_dtype))
-            loss = functional.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)),
-                label_chunk,
-                label_smoothing=options.label_smoothing,
-            )
-        with state.exchanging(last), compilation_explained():
-            _scaled(loss, weight, state).backward()
-        seen.append((loss.detach(), logits.detach(), label_chunk))
+    seen = _passes_within_memory(state, images, labels, options)
     state.gradients_to_masters()
     if verdicts is not None:
         _update_if_finite(state, options, seen, meter, verdicts, may_skip=may_skip)
@@ -107,6 +93,61 @@ def train_step(state: TrainingState, images: Tensor, labels: Tensor, *, options:
     if state.clock.step % SETTLE_EVERY == 0:
         state.settle()
     return learning_rate
+
+
+def _passes_within_memory(state: TrainingState, images: Tensor, labels: Tensor, options: StepOptions) -> list[Outcome]:
+    """The passes of a step, in smaller pieces where there is no memory for them; see `memory`."""
+
+    def fitting(exchange: bool) -> list[Outcome]:
+        return within_memory(
+            state,
+            len(images),
+            lambda: _passes(state, images, labels, options, exchange=exchange),
+            trial=lambda count: _pass(state, images[:count], labels[:count], 1.0, options, exchange=False),
+            accumulate=options.accumulate,
+        )
+
+    if not state.rehearsed:
+        state.rehearsed = True
+        rehearse(state, lambda: fitting(exchange=False))
+    return fitting(exchange=True)
+
+
+def _passes(
+    state: TrainingState, images: Tensor, labels: Tensor, options: StepOptions, *, exchange: bool
+) -> list[Outcome]:
+    """Forward and backward passes of all chunks; gradients are exchanged once, at the last one."""
+    fault_point("step", step=state.clock.step + 1, values=images)
+    seen: list[Outcome] = []
+    parts = state.parts(len(images), options.accumulate)
+    sizes = [size for size, _ in parts]
+    for (_, weight), image_chunk, label_chunk in zip(parts, images.split(sizes), labels.split(sizes), strict=True):
+        last = len(seen) == len(parts) - 1
+        seen.append(_pass(state, image_chunk, label_chunk, weight, options, exchange=exchange and last))
+    return seen
+
+
+def _pass(
+    state: TrainingState, images: Tensor, labels: Tensor, weight: float, options: StepOptions, *, exchange: bool
+) -> Outcome:
+    """Forward and backward pass of a chunk, whose gradient is added to what is there, and exchanged or not."""
+    saving = saving_memory() if options.save_memory else contextlib.nullcontext()
+    # The forward pass decides too whether the backward pass exchanges gradients.
+    with state.exchanging(exchange), saving, state.precision.context(state.device), compilation_explained():
+        logits = state.forward(images.to(state.input_dtype))
+        loss = functional.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            labels,
+            label_smoothing=options.label_smoothing,
+        )
+    with state.exchanging(exchange), compilation_explained():
+        try:
+            _scaled(loss, weight, state).backward()
+        except RuntimeError as error:
+            if exchange and state.group.world > 1 and is_out_of_memory(error):
+                raise TornExchangeError from error
+            raise
+    return loss.detach(), logits.detach(), labels
 
 
 def _scaled(loss: Tensor, weight: float, state: TrainingState) -> Tensor:

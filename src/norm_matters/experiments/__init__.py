@@ -6,6 +6,7 @@ from norm_matters.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from norm_matters.experiments.cells import Cell, make_cells
+    from norm_matters.experiments.claims.performing import reproduce
     from norm_matters.experiments.executors import Placement, make_executor
     from norm_matters.experiments.grid import Grid, parse_grid, read_grid
     from norm_matters.experiments.runner import run_cells, runs_of
@@ -30,6 +31,7 @@ __all__ = [
     "parse_grid",
     "plan_sweep",
     "read_grid",
+    "reproduce",
     "run_cells",
     "run_sweep",
     "runs_of",
@@ -41,6 +43,7 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "cells": ("Cell", "make_cells"),
+        "claims.performing": ("reproduce",),
         "executors": ("Placement", "make_executor"),
         "grid": ("Grid", "parse_grid", "read_grid"),
         "runner": ("run_cells", "runs_of"),

@@ -1,18 +1,14 @@
-"""Who trains a run: a lock that its process holds itself, so that it lasts exactly as long as the process.
+"""Who trains a run of a sweep: a lock (see `record.lock`) that a process takes before it becomes the training."""
 
-A POSIX record lock: it survives `exec`, no child inherits it, the kernel frees it when the process dies in any way,
-and it works across machines where the file system's locks do (NFS). It is lost when the process closes any descriptor
-of the file, so whoever holds a lock never looks at it again.
-"""
-
-import fcntl
 import os
-import socket
 from pathlib import Path
 
-from norm_matters.record.files import FILE_MODE, storing
+from norm_matters.core.errors import RunInUseError
+from norm_matters.record.lock import holder, take_lock
 
-IN_USE = 73
+__all__ = ["IN_USE", "hold", "holder"]
+
+IN_USE = RunInUseError.exit_status
 """Exit status of a process that finds its run in use."""
 
 
@@ -23,44 +19,9 @@ def hold(path: Path) -> str | None:
         None, or who holds it already.
 
     Raises:
-        StorageError: the file cannot be made, or the file system has no locks.
+        StorageError: the file cannot be made.
     """
-    with storing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
-        if not _try(descriptor):
-            held_by = _holder(descriptor)
-            os.close(descriptor)
-            return held_by
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    descriptor, held_by = take_lock(path)
+    if descriptor is not None:
         os.set_inheritable(descriptor, True)
-    return None
-
-
-def holder(path: Path) -> str | None:
-    """Who holds the lock; None where nobody does. Not for the process that holds it.
-
-    Raises:
-        StorageError: the file system has no locks.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        with storing(path):
-            return None if _try(descriptor) else _holder(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _try(descriptor: int) -> bool:
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # either, by POSIX
-        return False
-    return True
-
-
-def _holder(descriptor: int) -> str:
-    return os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+    return held_by

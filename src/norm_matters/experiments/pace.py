@@ -23,7 +23,7 @@ TRIAL_LIMIT = 600.0
 
 @dataclass
 class Pace:
-    """Seconds per epoch, by what they depend on: model, norm and dataset; else model and dataset."""
+    """Seconds per epoch, by what they depend on: model, norm, dataset, batch; else without the norm."""
 
     _seconds: dict[tuple[str | None, ...], list[float]] = field(default_factory=dict)
 
@@ -129,17 +129,18 @@ def show_seconds(seconds: float) -> str:
 def _keys(config: RunConfig) -> list[tuple[str | None, ...]]:
     """From the closest likeness to the farthest that still tells something."""
     model, data = config.model, config.data
-    size = f"{data.input_size}"
+    name = f"{model.name} {model.options}" if model.options else model.name
+    size, batch = f"{data.input_size}", f"{data.batch_size}"
     return [
-        (model.name, data.name, size, model.norm, config.train.precision, f"{data.batch_size}", config.device),
-        (model.name, data.name, size, model.norm),
-        (model.name, data.name),
+        (name, data.name, size, model.norm, config.train.precision, batch, config.device),
+        (name, data.name, size, model.norm, batch),
+        (name, data.name, batch),
     ]
 
 
 def _trial(cell: Cell, threads: int) -> float | str:
     """Seconds per epoch of a cell as a short training measures it; or what went wrong."""
-    command = [sys.executable, "-m", "norm_matters.experiments.trial", *cell.overrides()]
+    command = [sys.executable, "-P", "-m", "norm_matters.experiments.trial", *cell.overrides()]
     try:
         done = subprocess.run(
             command,

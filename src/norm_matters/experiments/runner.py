@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from norm_matters.core.errors import PreemptedError
 from norm_matters.experiments.cells import Cell
 from norm_matters.experiments.executors.base import Executor, Job, Task, thread_variables
 from norm_matters.experiments.locks import IN_USE, holder
 from norm_matters.experiments.standing import LOCKS, Standing, Status, is_done, lock_path, log_path, read_rows
 from norm_matters.experiments.summary import Outcome
 from norm_matters.record.files import make_folder
+from norm_matters.record.folder import CHECKPOINTS, LAST
 
 POLL = 0.2
 """Seconds between two looks at the jobs."""
@@ -33,6 +35,7 @@ class Run:
         error: the last error line and where the log is.
         starts: how often it was started here.
         holder: who trains it, where that is not this sweep.
+        saved: where its last checkpoint was when it was started last; None before there is one.
     """
 
     cell: Cell
@@ -43,6 +46,7 @@ class Run:
     error: str = ""
     starts: int = 0
     holder: str | None = None
+    saved: str | None = None
     job: Job | None = field(default=None, repr=False)
 
     @property
@@ -79,6 +83,7 @@ def run_cells(
     *,
     threads: int = 1,
     retries: int = 0,
+    after: Mapping[str, Sequence[str]] | None = None,
     on_change: OnChange | None = None,
 ) -> None:
     """Bring all runs to their end; those that another process trains are waited for, and taken over if it dies.
@@ -88,10 +93,12 @@ def run_cells(
         output: folder of the runs.
         threads: of each process.
         retries: how often a run that failed is started again.
+        after: name of a run -> those of `runs` that must be done before it starts.
 
     Raises:
         KeyboardInterrupt: passed on, after the processes have been ended cleanly.
     """
+    assert {name for names in (after or {}).values() for name in names} <= {run.cell.name for run in runs}
     make_folder(output / LOCKS)
     environment = thread_variables(threads)
     waiting = deque(run for run in runs if run.status in ("new", "cut off"))
@@ -99,10 +106,12 @@ def run_cells(
     try:
         while not all(run.ended for run in runs):
             active = [run for run in runs if run.job]
-            while waiting and len(active) < executor.capacity:
-                run = waiting.popleft()
+            for run in _give_up(waiting, runs, after or {}):
+                tell(runs, run)
+            while len(active) < executor.capacity and (run := _next_ready(waiting, runs, after or {})):
                 run.job = executor.start(_task(run.cell, output, environment))
                 run.starts, run.started = run.starts + 1, time.monotonic()
+                run.saved = _last_saved(output / run.cell.name)
                 run.status = "queued"
                 active.append(run)
                 tell(runs, run)
@@ -129,6 +138,27 @@ def run_cells(
         raise
 
 
+def _next_ready(waiting: deque[Run], runs: Sequence[Run], after: Mapping[str, Sequence[str]]) -> Run | None:
+    """Take the first waiting run out of the queue that has nothing to wait for; None where there is none."""
+    done = {run.cell.name for run in runs if run.status == "done"}
+    for run in waiting:
+        if done.issuperset(after.get(run.cell.name, ())):
+            waiting.remove(run)
+            return run
+    return None
+
+
+def _give_up(waiting: deque[Run], runs: Sequence[Run], after: Mapping[str, Sequence[str]]) -> list[Run]:
+    """Take the waiting runs out of the queue that wait for one that has failed; they have failed too."""
+    failed = {run.cell.name for run in runs if run.status == "failed"}
+    lost = [run for run in waiting if failed.intersection(after.get(run.cell.name, ()))]
+    for run in lost:
+        waiting.remove(run)
+        first = next(name for name in after[run.cell.name] if name in failed)
+        run.status, run.error = "failed", f"it comes after {first}, which failed"
+    return lost
+
+
 def _look_at_job(run: Run, output: Path, retries: int) -> bool:
     """Bring a run up to date with its job; whether its status has changed."""
     folder, before = output / run.cell.name, run.status
@@ -144,10 +174,21 @@ def _look_at_job(run: Run, output: Path, retries: int) -> bool:
         run.status, run.error = "done", ""
     elif exit_status == IN_USE:
         run.status, run.holder = "elsewhere", holder(lock_path(output, run.cell))
+    elif exit_status == PreemptedError.exit_status and _last_saved(folder) != run.saved:
+        # It was asked to stop, or its time was over, and it came further: no failure.
+        run.status, run.starts = "cut off", run.starts - 1
     else:
         run.error = _last_error(log_path(output, run.cell), exit_status)
         run.status = "failed" if run.starts > retries else "cut off"
     return True
+
+
+def _last_saved(folder: Path) -> str | None:
+    """The name of a run's last checkpoint; None where there is none."""
+    try:
+        return os.readlink(folder / CHECKPOINTS / LAST)
+    except OSError:
+        return None
 
 
 def _look_elsewhere(run: Run, output: Path) -> bool:

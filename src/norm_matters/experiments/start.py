@@ -18,6 +18,7 @@ from pathlib import Path
 from norm_matters.experiments.locks import IN_USE, hold
 from norm_matters.experiments.standing import is_done, remove_unborn
 from norm_matters.record.folder import is_run
+from norm_matters.record.provenance import without_secrets
 
 _PR_SET_PDEATHSIG = 1
 # What tells a process that it is one of several of a run (see core.ranks): a run of a sweep is one process, wherever
@@ -28,14 +29,7 @@ _TRIES = 10  # whoever only looks at a lock holds it for an instant
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Take the lock and become the training; returns an exit status where there is nothing to train."""
-    parser = argparse.ArgumentParser(prog="norm_matters.experiments.start")
-    parser.add_argument("--parent", type=int, required=True, help="process that started this one")
-    parser.add_argument("--cores", default="", help="such as 0,1")
-    parser.add_argument("--epochs", type=int, required=True)
-    parser.add_argument("--lock", type=Path, required=True)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("settings", nargs="*")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
     folder: Path = arguments.folder
     # Background shells have their children ignore Ctrl-C, and ray blocks it; Python would leave it so.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -50,16 +44,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return IN_USE
     if is_done(folder, arguments.epochs):
         return 0
-    if is_run(folder):
-        command = ["train", "--resume", str(folder), *arguments.settings]
-    else:
+    command = train_command(folder, arguments.settings)
+    if not is_run(folder):
         remove_unborn(folder)
-        command = ["train", *arguments.settings, "--output", str(folder.parent), "--name", folder.name]
     for name in _RANKS:
         os.environ.pop(name, None)
+    announce(command)
+    return os.execv(sys.executable, [sys.executable, "-P", "-m", "norm_matters", *command])
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What a process of a run is told."""
+    parser = argparse.ArgumentParser(prog="norm_matters.experiments.start")
+    parser.add_argument("--parent", type=int, required=True, help="process that started this one")
+    parser.add_argument("--cores", default="", help="such as 0,1")
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--lock", type=Path, required=True)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("settings", nargs="*")
+    return parser.parse_args(argv)
+
+
+def train_command(folder: Path, settings: Sequence[str]) -> list[str]:
+    """The command that makes a run of a folder, or goes on with it."""
+    if is_run(folder):
+        return ["train", "--resume", str(folder), *settings]
+    return ["train", *settings, "--output", str(folder.parent), "--name", folder.name]
+
+
+def announce(command: Sequence[str]) -> None:
+    """Say, for the log, what is run; `runner` looks for this line."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    print(f"{now} process {os.getpid()}: norm-matters {shlex.join(command)}", flush=True)
-    return os.execv(sys.executable, [sys.executable, "-m", "norm_matters", *command])
+    print(f"{now} process {os.getpid()}: norm-matters {shlex.join(without_secrets(command))}", flush=True)
 
 
 def _hold(lock: Path) -> str | None:

@@ -7,9 +7,12 @@ draws from a normal distribution.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
+
+from norm_matters.core.errors import UserError
 
 CONFIDENCE = 0.95
 
@@ -57,11 +60,8 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     mean = float(array.mean())
     if n == 1:
         return Interval(1, mean, math.nan, math.nan, math.nan)
-    # SciPy takes a while to import.
-    from scipy.special import stdtrit
-
     sd = float(array.std(ddof=1))
-    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * sd / math.sqrt(n)
+    half = float(scipy_special().stdtrit(n - 1, (1 + confidence) / 2)) * sd / math.sqrt(n)
     return Interval(n, mean, sd, mean - half, mean + half)
 
 
@@ -72,16 +72,12 @@ def compare_pairs(arm: Sequence[float], baseline: Sequence[float], confidence: f
     p_t = p_wilcoxon = math.nan
     # Differences that are equal but for rounding have no spread to test against.
     if interval.sd > 1e-12 * float(np.abs(differences).max(initial=0.0)):
-        from scipy.special import stdtr
-
         statistic = interval.mean / (interval.sd / math.sqrt(interval.n))
-        p_t = float(2 * stdtr(interval.n - 1, -abs(statistic)))
+        p_t = float(2 * scipy_special().stdtr(interval.n - 1, -abs(statistic)))
     if np.any(differences != 0) and len(differences) > 1:
-        from scipy.stats import wilcoxon
-
         kept = differences[differences != 0]
         distinct = len(np.unique(np.abs(kept))) == len(kept)
-        found: Any = wilcoxon(kept, method="exact" if distinct and len(kept) <= 50 else "asymptotic")
+        found: Any = scipy_stats().wilcoxon(kept, method="exact" if distinct and len(kept) <= 50 else "asymptotic")
         p_wilcoxon = float(found.pvalue)
     return Comparison(interval, p_t, p_wilcoxon)
 
@@ -98,3 +94,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(tested) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def scipy_special() -> Any:
+    """`scipy.special`, imported at its first use, for that takes a while; UserError where SciPy is not installed."""
+    return _scipy("special")
+
+
+def scipy_stats() -> Any:
+    """`scipy.stats`, likewise."""
+    return _scipy("stats")
+
+
+def _scipy(part: str) -> Any:
+    try:
+        return import_module(f"scipy.{part}")
+    except ModuleNotFoundError:
+        raise UserError("statistics need SciPy, which is not installed: pip install 'norm-matters[scipy]'") from None

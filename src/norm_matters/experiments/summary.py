@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from norm_matters.core.cells import plain_cell
 from norm_matters.core.clock import Clock, Duration
 from norm_matters.core.config import load_config
 from norm_matters.core.errors import UserError, nearest
@@ -179,7 +180,7 @@ def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({column: plain_cell(value) for column, value in row.items()} for row in rows)
     return text.getvalue()
 
 

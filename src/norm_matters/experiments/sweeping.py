@@ -1,5 +1,6 @@
 """A sweep from grid to summary: the file that joins this room, top to bottom."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 from norm_matters.core.config import RunConfig
 from norm_matters.core.errors import UserError
 from norm_matters.experiments.cells import Cell, Complete, make_cells
-from norm_matters.experiments.executors import Placement, make_executor, parallel_runs
+from norm_matters.experiments.executors import ON_THIS_MACHINE, Placement, make_executor, parallel_runs
 from norm_matters.experiments.grid import (
     Grid,
     Settings,
@@ -23,6 +24,7 @@ from norm_matters.experiments.pace import Estimate, estimate
 from norm_matters.experiments.runner import OnChange, run_cells, runs_of
 from norm_matters.experiments.standing import Standing, conflicts, find_standing
 from norm_matters.experiments.summary import Arm, Measure, Outcome, find_baseline, run_rows, summarise, table_csv
+from norm_matters.models.trust import check_trusted, read_code, trust_named_file
 from norm_matters.record.files import make_folder, write_file
 
 SWEEP_FILE = "sweep.yaml"
@@ -147,6 +149,9 @@ def as_grid(given: Grid | Path | Mapping[str, Any]) -> Grid:
     listed = {
         key: [point[full_key(key)] for point in points(full_key(key), values)] for key, values in settings.items()
     }
+    for key, values in listed.items():
+        for name in values if full_key(key) == "model.name" else ():
+            trust_named_file({"model.name": name})
     return override(Grid({}, {}), listed)
 
 
@@ -172,8 +177,12 @@ def plan_sweep(
     complete = completion()
     free = FREE_TO_CHANGE - {"train.epochs"}
     # Elsewhere there may be devices that this machine has not.
-    checks = {key: check for key, check in CHECKS.items() if key != "device" or placement.executor == "local"}
+    checks = {key: check for key, check in CHECKS.items() if key != "device" or placement.executor in ON_THIS_MACHINE}
     cells = make_cells(grid, complete=complete, checks=checks, free=free)
+    # Here, for on the command lines of the runs their names are the user's own words.
+    for name in {cell.config.model.name for cell in cells}:
+        if name.endswith(".py"):
+            check_trusted(Path(name), hashlib.sha256(read_code(Path(name))).hexdigest())
     compared = find_baseline(baseline, cells, complete) if baseline else None
     problems = [problem for cell in cells for problem in conflicts(cell, output, free)]
     if len(problems) > _MOST_CONFLICTS:
@@ -270,7 +279,7 @@ def _record(plan: SweepPlan, command: Sequence[str]) -> None:
     from norm_matters.record.provenance import collect_provenance
 
     path = plan.output / SWEEP_FILE
-    earlier = read_mapping(path).get("history", []) if path.exists() else []
+    earlier = read_mapping(path).get("history") if path.exists() else []
     facts = collect_provenance(command)
     entry = {
         "time": facts["started"],
@@ -280,8 +289,9 @@ def _record(plan: SweepPlan, command: Sequence[str]) -> None:
         "package": facts["package"],
         "versions": {name: facts["versions"].get(name) for name in ("python", "torch")},
     }
+    history = [entry, *(earlier if isinstance(earlier, list) else [])]
     # By way of JSON, for it must be plain data.
-    document = json.loads(json.dumps({**plan.grid.document(), "history": [entry, *earlier]}))
+    document = json.loads(json.dumps({**plan.grid.document(), "history": history}))
     write_file(path, write_yaml(document))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from norm_matters import run
 from norm_matters.core.config import load_config
 from norm_matters.engine.loop import Progress
+from norm_matters.models.trust import trust_named_file
 
 SECONDS = 3.0
 _EVALUATION = 0.1  # of an epoch's time: forward passes of fewer images
@@ -48,6 +49,7 @@ def main(settings: Sequence[str]) -> None:
     stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(options={"output": folder}, overrides=settings)
+        trust_named_file({}, settings)
         with contextlib.suppress(_EnoughError):
             run.train(config, on_progress=stopwatch)
     print(json.dumps({"seconds_per_epoch": stopwatch.seconds_per_epoch}))

@@ -15,6 +15,7 @@ from norm_matters.core.errors import UserError
 from norm_matters.models import MODELS, weights
 from norm_matters.models.entry import Network, read_options
 from norm_matters.models.libraries import LIBRARIES, build_library_model, check_library_model
+from norm_matters.models.trust import trust_file
 from norm_matters.models.user_file import describe_error, load_user_model
 from norm_matters.norms import (
     canonical_spec,
@@ -89,7 +90,8 @@ def create_model(
     """Build a network.
 
     Args:
-        name: of ours (`resnet20`), `timm:NAME`, `torchvision:NAME`, or the path of a `.py` file.
+        name: of ours (`resnet20`), `timm:NAME`, `torchvision:NAME`, or the path of a `.py` file, which is run: naming
+            it here is to vouch for it (see `models.trust`).
         num_classes: number of scores per image.
         norm: spec of the norm (`l1`, `topk:k=10`); None is `l2` in our networks and leaves others as they are.
         weight_norm: spec of the weight norm (`bounded`, `bounded:p=1`) of every layer but the last; None for plain
@@ -107,6 +109,8 @@ def create_model(
     Raises:
         UserError: an unknown name, norm or option, or weights that do not fit.
     """
+    if name.endswith(".py") and Path(name).is_file():
+        trust_file(Path(name), lasting=False)
     config = ModelConfig(
         name=name,
         norm=norm,

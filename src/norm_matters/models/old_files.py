@@ -20,6 +20,9 @@ from norm_matters.core.errors import UserError
 LARGEST = 4 * 2**30
 """Bytes of the largest file that is read unless another limit is given; a resnet152 with its optimizer has 0.5e9."""
 
+OLDEST = (2, 10)
+"""The oldest torch whose `weights_only=True` is known to keep its word."""
+
 _ZIP = b"PK\x03\x04"
 _RESAVE = (
     "if you trust whoever wrote it, load it with the code that did and save "
@@ -56,13 +59,8 @@ def read_old_file(path: Path, *, limit: int = LARGEST) -> OldFile:
         UserError: there is no such file, it is too large, damaged or no checkpoint, or it holds more than tensors
             and plain values, so that reading it would run code.
     """
-    if not path.is_file():
-        raise UserError(f"there is no file '{path}'")
+    document = load_plain(path, limit=limit)
     size = path.stat().st_size
-    if size > limit:
-        raise UserError(f"'{path}' has {size} bytes, more than the limit of {limit}")
-    _check_archive(path, size)
-    document = _load(path)
     if not isinstance(document, Mapping):
         raise UserError(f"'{path}' holds a {type(document).__name__}, no checkpoint with a state_dict")
     state = document.get("state_dict", document)
@@ -77,6 +75,33 @@ def read_old_file(path: Path, *, limit: int = LARGEST) -> OldFile:
         model=_read_text(described.get("model")),
         config=_read_text(described.get("config")),
     )
+
+
+def load_plain(path: Path, *, limit: int = LARGEST) -> Any:
+    """What `torch.save` wrote, of tensors and plain values alone: the only place where such a file is opened.
+
+    Raises:
+        UserError: there is no such file, it is too large or damaged, or reading it would run code; or torch is older
+            than `OLDEST`, which reads such files without harm.
+    """
+    _check_torch()
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}'")
+    size = path.stat().st_size
+    if size > limit:
+        raise UserError(f"'{path}' has {size} bytes, more than the limit of {limit}")
+    _check_archive(path, size)
+    return _load(path)
+
+
+def _check_torch() -> None:
+    """CVE-2025-32434 and CVE-2026-24747: older versions could be made to run code all the same."""
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < OLDEST:
+        raise UserError(
+            f"torch {torch.__version__} is not safe with files of torch.save; it takes "
+            f"{'.'.join(map(str, OLDEST))} or later"
+        )
 
 
 def _check_archive(path: Path, size: int) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 from torch import nn
 
 from norm_matters.core.errors import UserError, nearest
+from norm_matters.models.trust import check_trusted, read_code
 
 _MODES = ("train", "eval")
 _NOT_BUILT = ("criterion", "data_regime")
@@ -70,7 +71,7 @@ def load_user_model(
         options: further keyword arguments.
 
     Raises:
-        UserError: the file is missing, has no such function, or fails (with file and line).
+        UserError: the file is missing, is not trusted, has no such function, or fails (with file and line).
     """
     path = path.absolute()
     module, source = _import_file(path)
@@ -95,14 +96,16 @@ def load_user_model(
 
 
 def _import_file(path: Path) -> tuple[ModuleType, dict[str, str]]:
-    """Run the file as a module with a private name; the hash is that of the very bytes that were run."""
+    """Run the file as a module with a private name; the hash is that of the very bytes that were run.
+
+    Raises:
+        UserError: nobody vouched for it (see `models.trust`), or it fails.
+    """
     import norm_matters.core.torchvision  # noqa: F401  (the file may import torchvision, which fails on its own)
 
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"model.name: {path} cannot be read: {error.strerror}") from error
+    text = read_code(path)
     digest = hashlib.sha256(text).hexdigest()
+    check_trusted(path, digest)
     module = ModuleType(f"_norm_matters_user_{digest[:16]}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and pickle look their module up

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.reading import read_regular
+from norm_matters.models.old_files import load_plain
 from norm_matters.norms import is_norm
+from norm_matters.record.tensors import most_bytes, unpack_tensors
 
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
@@ -29,8 +30,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"model.pretrained: there is no file '{path}'")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return unpack_tensors(read_regular(path, limit=most_bytes()))
+    except (ValueError, OSError) as error:
         raise UserError(f"model.pretrained: '{path}' cannot be read: {error}") from error
 
 
@@ -69,9 +70,9 @@ def read_torchvision_file(path: Path) -> dict[str, Tensor]:
     if not describe_file(path)["sha256"].startswith(expected):
         raise UserError(f"model.pretrained: '{path}' is damaged (its SHA-256 does not start with {expected})")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"model.pretrained: '{path}' cannot be read without running code in it") from error
+        state = load_plain(path)
+    except UserError as error:
+        raise UserError(*(f"model.pretrained: {problem}" for problem in error.problems)) from error
     # densenet's files are older than its module names; the auxiliary heads are not built
     renamed = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): t for name, t in state.items()}
     return {name: tensor for name, tensor in renamed.items() if not name.startswith(_AUXILIARY)}

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from norm_matters.norms.fuse import fuse_activations, normalise_and_activate
     from norm_matters.norms.kernels.dispatch import available_backends, set_kernels
     from norm_matters.norms.memory import saving_memory
-    from norm_matters.norms.query import has_spec, is_norm, name_norms, norms_of, spec_of
+    from norm_matters.norms.query import (
+        has_spec,
+        is_norm,
+        name_norms,
+        norms_of,
+        spec_of,
+        takes_batch_statistics,
+    )
     from norm_matters.norms.running import RunningStatistics
     from norm_matters.norms.selection import Report
     from norm_matters.norms.sync import sync_norm
@@ -73,6 +80,7 @@ __all__ = [
     "set_kernels",
     "spec_of",
     "sync_norm",
+    "takes_batch_statistics",
     "unfreeze_norm",
 ]
 
@@ -88,7 +96,7 @@ __getattr__ = lazy_attributes(
         "fuse": ("fuse_activations", "normalise_and_activate"),
         "kernels.dispatch": ("available_backends", "set_kernels"),
         "memory": ("saving_memory",),
-        "query": ("has_spec", "is_norm", "name_norms", "norms_of", "spec_of"),
+        "query": ("has_spec", "is_norm", "name_norms", "norms_of", "spec_of", "takes_batch_statistics"),
         "running": ("RunningStatistics",),
         "selection": ("Report",),
         "sync": ("sync_norm",),

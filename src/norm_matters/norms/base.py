@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from norm_matters.core.errors import UserError
 from norm_matters.norms.memory import fetch, is_offered, is_saving, keep, offer
 from norm_matters.norms.reduce import Accumulator, Reducer, number_format
 from norm_matters.norms.spec import Option, canonical_text, complete_options
@@ -22,6 +23,7 @@ AFFINE_OPTIONS: Mapping[str, Option] = {
     "eps": Option("float", 1e-5, minimum=0),
     "affine": Option("bool", True),
     "bias": Option("bool", True),
+    "gamma": Option("float", 1.0, minimum=0, above=True),
     "frozen": Option("word", None, words=("none", "affine")),
     "stats_dtype": Option("word", "float32", words=("float32", "input")),
     "stats_format": Option("text", None, words=("none",), canonical=number_format),
@@ -213,7 +215,7 @@ class Norm(nn.Module, abc.ABC):
 
 
 class AffineNorm(Norm):
-    """A norm with a weight (ones at first) and a bias (zeros at first) per channel.
+    """A norm with a weight (`gamma` at first) and a bias (zeros at first) per channel.
 
     Args:
         num_features: channels C.
@@ -221,6 +223,7 @@ class AffineNorm(Norm):
         eps: added to the variance.
         affine: learn weight and bias.
         bias: with `affine`, learn a bias too.
+        gamma: what every weight starts at; a norm that is put in the place of another takes over that one's weight.
         frozen: "affine": weight and bias are not trained.
         stats_dtype: "float32": statistics in float32, or in the input's dtype where that is wider; "input": deviations
             and what is made of them element by element are kept in the input's dtype (sums are accumulated, and
@@ -236,6 +239,7 @@ class AffineNorm(Norm):
     eps: float
     affine: bool
     learn_bias: bool
+    gamma: float
     frozen: Literal["affine"] | None
     stats_dtype: Literal["float32", "input"]
     stats_format: str | None
@@ -258,6 +262,8 @@ class AffineNorm(Norm):
         trained = self.frozen not in ("affine", "all")
         self.weight = nn.Parameter(new(), requires_grad=trained) if weight else None
         self.bias = nn.Parameter(new(), requires_grad=trained) if bias else None
+        if self.weight is None and self.gamma != 1:
+            raise UserError(f"norm '{self.spec}': gamma={self.gamma:g} is the start of a weight, and it has none")
         # Not the subclass's: what else that resets does not exist yet.
         AffineNorm.reset_parameters(self)
 
@@ -266,9 +272,9 @@ class AffineNorm(Norm):
         return True
 
     def reset_parameters(self) -> None:
-        """Weight to ones, bias to zeros."""
+        """Weight to gamma, bias to zeros."""
         if self.weight is not None:
-            nn.init.ones_(self.weight)
+            nn.init.constant_(self.weight, self.gamma)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -3,8 +3,11 @@
 from torch import nn
 
 from norm_matters.norms.base import Norm
+from norm_matters.norms.batchwise import BatchwiseNorm
 from norm_matters.norms.build import resolve_spec
-from norm_matters.norms.describe import is_known
+from norm_matters.norms.describe import is_known, kind_of
+from norm_matters.norms.imagewise import ImagewiseNorm
+from norm_matters.norms.none import NoNorm
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -42,3 +45,21 @@ def name_norms(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Norm):
             module.layer_name = name
+
+
+def takes_batch_statistics(model: nn.Module) -> bool:
+    """Whether what a network in training makes of an image may depend on the others in the batch, by its norms.
+
+    So do running statistics that are updated: each part of a batch would move them. Norms of other libraries that are
+    not known to look at one image only count as such.
+    """
+    return any(_looks_at_the_batch(norm) for _, norm in norms_of(model))
+
+
+def _looks_at_the_batch(norm: nn.Module) -> bool:
+    if isinstance(norm, BatchwiseNorm):
+        return not norm.stats_frozen
+    if isinstance(norm, ImagewiseNorm | NoNorm) or type(norm).__name__.startswith("Frozen"):
+        return False
+    kind = kind_of(norm)
+    return kind in (None, "batch") or (kind == "instance" and getattr(norm, "running_mean", None) is not None)

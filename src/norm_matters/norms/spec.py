@@ -8,9 +8,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 from norm_matters.core.errors import UserError, nearest
+
+# A spec of more characters, or nested deeper, is no name that somebody wrote: taking it apart would take its time.
+LONGEST, DEEPEST = 10_000, 20
 
 _FLAGS = {"true": True, "false": False}
 
@@ -95,6 +99,8 @@ def parse_spec(text: str) -> ParsedSpec:
     Raises:
         UserError: the text does not follow the grammar, or names an option twice.
     """
+    if len(text) > LONGEST or _depth(text) > DEEPEST:
+        raise UserError(f"norm '{text[:60]}...' has more than {LONGEST:,} characters, or {DEEPEST} nested parentheses")
     name, colon, rest = text.strip().partition(":")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name.strip()):
         raise UserError(f"norm '{text}' does not start with a name; write e.g. l1 or topk:k=10")
@@ -110,6 +116,12 @@ def parse_spec(text: str) -> ParsedSpec:
         enclosed = value.startswith("(") and value.endswith(")")
         options[key] = value[1:-1].strip() if enclosed else value
     return ParsedSpec(name.strip(), options)
+
+
+def _depth(text: str) -> int:
+    """How deep parentheses are nested."""
+    steps = ({"(": 1, ")": -1}.get(character, 0) for character in text)
+    return max(accumulate(steps), default=0)
 
 
 def _split_outside_parentheses(text: str, whole: str) -> list[str]:

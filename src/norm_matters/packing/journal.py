@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.json import parse_json
 from norm_matters.datasets.manifest import JOURNAL
 from norm_matters.record.files import append_file, write_file
 
@@ -74,10 +75,10 @@ def begin_journal(folder: Path, plan: dict[str, Any], command: list[str]) -> tup
         write_file(file, json.dumps({"plan": plan, "command": command}) + "\n")
         return [], command
     try:
-        head = json.loads(lines[0])
+        head = parse_json(lines[0])
         before, command = head["plan"], [str(argument) for argument in head["command"]]
         done = [Done.model_validate_json(line) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError, ValidationError, RecursionError):
+    except (ValueError, KeyError, TypeError, ValidationError):
         raise UserError(f"{file} is damaged; remove {folder} and pack anew") from None
     check_plan(folder, before, plan)
     write_file(file, "".join(f"{line}\n" for line in lines))

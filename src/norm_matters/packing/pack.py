@@ -26,6 +26,7 @@ from norm_matters.packing.source import PackSource
 from norm_matters.packing.workers import in_order
 from norm_matters.packing.writers import HashingStream, ending_of, pyarrow, scan_parquet, shard_writer
 from norm_matters.record.files import make_folder, remove_temporaries, stream_file, write_file
+from norm_matters.record.provenance import without_secrets
 
 Advance = Callable[[int], None]
 # Images whose sizes tell how large the whole will be.
@@ -104,7 +105,7 @@ def pack_dataset(
     plan = plan_packing(source, settings)
     if (folder / MANIFEST).exists():
         return _packed_before(folder, plan, workers)
-    done, command = begin_journal(folder, plan, list(command))
+    done, command = begin_journal(folder, plan, without_secrets(command))
     remove_temporaries(folder)
     parts: dict[str, list[Done]] = {}
     for name, images in source.parts.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from norm_matters.core.cells import plain_cell
 from norm_matters.packing.stats import DatasetStats, PartStats, shorter_sides
 from norm_matters.record.files import make_folder, write_file
 
@@ -82,6 +83,6 @@ def write_stats(folder: Path, stats: DatasetStats) -> list[Path]:
     make_folder(folder)
     for name, (header, rows) in tables.items():
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        csv.writer(text, lineterminator="\n").writerows([map(plain_cell, row) for row in (header, *rows)])
         write_file(folder / name, text.getvalue().encode(errors="surrogateescape"))
     return [folder / name for name in tables]

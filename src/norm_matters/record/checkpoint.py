@@ -5,20 +5,22 @@ states) and `state.json` (everything else, and the SHA-256 of the two). `last` a
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from norm_matters.core.errors import UserError
+from norm_matters.core.errors import StorageError, UserError
+from norm_matters.core.faults import fault_point
 from norm_matters.record import files
-from norm_matters.record.folder import BEST, CHECKPOINTS, LAST, STEP_FOLDER, latest_checkpoint, link_target, marked_best
+from norm_matters.record.folder import BEST, CHECKPOINTS, LAST
+from norm_matters.record.retention import FEWEST, free_folder, mend_best, remove_leftovers, retire
 from norm_matters.record.state import STATE_FILE, read_part, read_state, seal_state
+from norm_matters.record.tensors import most_bytes, unpack_tensors
 
 MODEL_FILE = "model.safetensors"
 TRAINING_FILE = "training.safetensors"
@@ -51,8 +53,10 @@ def save_checkpoint(
     training: Mapping[str, Tensor],
     state: dict[str, Any],
     best: bool,
+    keep: int = FEWEST,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
-    """Save a checkpoint, point `last` (and `best`) to it, and remove those that neither points to.
+    """Save a checkpoint, read it back, point `last` (and `best`) to it, and remove older ones (see `retention`).
 
     Whenever the process dies, `last` and `best` lead to complete checkpoints, old or new. The row of the epoch
     belongs into the table before this call: on resuming, rows after the checkpoint are dropped.
@@ -64,6 +68,8 @@ def save_checkpoint(
         training: further tensors by name (optimizer state, random states).
         state: JSON types with text keys.
         best: whether this is the best checkpoint so far.
+        keep: how many of the newest stay besides the best; `FEWEST` at least.
+        on_note: called with what went wrong and does no harm.
 
     Returns:
         The checkpoint's folder.
@@ -72,15 +78,22 @@ def save_checkpoint(
         StorageError: it could not be written; the older checkpoints are intact.
     """
     checkpoints = run / CHECKPOINTS
-    files.make_folder(checkpoints)
+    with files.storing(checkpoints):
+        fault_point("save", step=step)
+    files.make_own_folder(checkpoints)
     files.remove_temporaries(checkpoints)
-    _mend_best(run)
-    folder = _free_folder(checkpoints, step)
+    remove_leftovers(checkpoints)
+    mend_best(run)
+    folder = free_folder(checkpoints, step)
     write_checkpoint(folder, step=step, model=model, training=training, state=state, best=best)
+    _read_back(folder)
+    with files.storing(folder):
+        fault_point("save.renamed")
     files.replace_link(checkpoints / LAST, folder.name)
     if best:
         files.replace_link(checkpoints / BEST, folder.name)
-    _remove_unlinked(checkpoints)
+    for stuck in retire(checkpoints, keep=keep):
+        on_note(f"the old checkpoint {stuck} could not be removed; it costs only space")
     return folder
 
 
@@ -102,7 +115,9 @@ def write_checkpoint(
     Raises:
         StorageError: it could not be written; nothing is left behind.
     """
-    parts = {MODEL_FILE: _pack(model), TRAINING_FILE: _pack(training)}
+    tensors_of = {MODEL_FILE: _plain(model), TRAINING_FILE: _plain(training)}
+    parts = {name: save(tensors, metadata={"format": "pt"}) for name, tensors in tensors_of.items()}
+    finite = all(bool(x.isfinite().all()) for x in tensors_of[MODEL_FILE].values() if x.is_floating_point())
     entries = {
         name: {
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -111,7 +126,7 @@ def write_checkpoint(
         }
         for (name, data), tensors in zip(parts.items(), (model, training), strict=True)
     }
-    document = {"step": step, "best": best, "parts": entries, "state": state}
+    document = {"step": step, "best": best, "finite": finite, "parts": entries, "state": state}
     files.write_folder(folder, {**parts, STATE_FILE: seal_state(document)})
 
 
@@ -122,6 +137,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         folder: the checkpoint's own folder; `find_checkpoint` finds that of a run.
 
     Raises:
+        VersionError: a newer norm-matters wrote it.
         UserError: something is missing, cut short or changed; names the file and what is wrong.
         StorageError: a file is there and cannot be read.
     """
@@ -130,8 +146,30 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, document["step"], model, training, document["state"])
 
 
-def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """The tensors as a safetensors file, in plain order in memory; shared memory is written once per name."""
+def check_checkpoint(folder: Path) -> None:
+    """Verify every byte of a checkpoint.
+
+    Raises: as `load_checkpoint`.
+    """
+    document = read_state(folder)
+    for name in (MODEL_FILE, TRAINING_FILE):
+        _read_verified(folder / name, document["parts"].get(name))
+
+
+def _read_back(folder: Path) -> None:
+    """Verify a checkpoint that has just been written, before any other is given up for it.
+
+    What the disk does to it later, the hashes show when it is read, and then there is the one before.
+    """
+    try:
+        check_checkpoint(folder)
+    except UserError as error:
+        files.remove_folder(folder)
+        raise StorageError(f"cannot write {folder}: what is read back is not what was written: {error}") from error
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, in plain order in memory; shared memory is copied for each name."""
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -139,23 +177,29 @@ def _pack(tensors: Mapping[str, Tensor]) -> bytes:
         address = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
-    return save(plain, metadata={"format": "pt"})
+    return plain
 
 
-def _unpack(path: Path, entry: Any) -> dict[str, Tensor]:
-    """Read a part back, verified against its entry in the state."""
+def _read_verified(path: Path, entry: Any) -> tuple[bytes, list[str]]:
+    """The bytes of a part, verified against its entry in the state; and the names of tensors stored channels last."""
     try:
         sha256, size, channels_last = entry["sha256"], int(entry["size"]), list(entry["channels_last"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path.parent / STATE_FILE} says nothing valid about {path.name}") from error
-    data = read_part(path, limit=size)
+    data = read_part(path, limit=min(size, most_bytes()))
     if len(data) != size:
         raise UserError(f"{path} is cut short: {len(data)} of {size} bytes")
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{path} is damaged: its contents do not match the SHA-256 in {STATE_FILE}")
+    return data, channels_last
+
+
+def _unpack(path: Path, entry: Any) -> dict[str, Tensor]:
+    """The tensors of a part, verified."""
+    data, channels_last = _read_verified(path, entry)
     try:
-        tensors = load(data)
-    except (SafetensorError, ValueError) as error:
+        tensors = unpack_tensors(data)
+    except ValueError as error:
         raise UserError(f"{path} is no valid safetensors file: {error}") from error
     for name, tensor in tensors.items():
         if name in channels_last and tensor.ndim in (4, 5):
@@ -180,39 +224,3 @@ def _channels_last(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _wide_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
-
-
-def _linked(checkpoints: Path) -> set[str]:
-    """Names that `last` and `best` lead to."""
-    targets = (link_target(checkpoints / name) for name in (LAST, BEST))
-    return {target.name for target in targets if target is not None}
-
-
-def _mend_best(run: Path) -> None:
-    """Finish what a kill between the replacements of `last` and `best` left undone, before `last` moves on."""
-    last, best = latest_checkpoint(run, LAST), run / CHECKPOINTS / BEST
-    # A copy that followed the links has a folder named `last`, and one named `best` that is right.
-    if last is not None and STEP_FOLDER.fullmatch(last.name) and last != link_target(best) and marked_best(last):
-        files.replace_link(best, last.name)
-
-
-def _remove_unlinked(checkpoints: Path) -> None:
-    linked = _linked(checkpoints)
-    for folder in checkpoints.glob("step-*"):
-        if STEP_FOLDER.fullmatch(folder.name) and folder.name not in linked:
-            files.remove_folder(folder)
-
-
-def _free_folder(checkpoints: Path, step: int) -> Path:
-    """Where to save this step.
-
-    A folder of that name that no link leads to was left by a kill and is removed. One that a link leads to is kept
-    until the new one is complete, which gets `-2` after its name.
-    """
-    linked = _linked(checkpoints)
-    folder, count = checkpoints / f"step-{step:09d}", 1
-    while folder.name in linked:
-        count += 1
-        folder = checkpoints / f"step-{step:09d}-{count}"
-    files.remove_folder(folder)
-    return folder

@@ -14,46 +14,56 @@ from pathlib import Path
 from typing import BinaryIO
 
 from norm_matters.core.errors import StorageError
+from norm_matters.core.faults import fault_point
 
 TEMPORARY = ".tmp-"
 # Runs may hold private names and paths: nobody outside the group reads them. The umask may take away more.
 FILE_MODE = 0o640
 FOLDER_MODE = 0o750
+# The last, the best, and the one that is being written.
+CHECKPOINTS_THAT_MUST_FIT = 3
 
 
 @contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a StorageError that names `path` and the reason."""
+def storing(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn an OSError of the block into a StorageError that names `path` and the reason.
+
+    Args:
+        needed: bytes that were to be written; told where the disk is full, if they are many.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             with suppress(OSError):
-                reason += f" ({shutil.disk_usage(path.parent).free / 1e6:.1f} MB free there)"
+                needs = f", {needed / 1e6:.1f} MB needed" if needed >= 1e5 else ""
+                reason += f" ({shutil.disk_usage(path.parent).free / 1e6:.1f} MB free there{needs})"
         raise StorageError(f"cannot write {path}: {reason}") from error
 
 
-def write_file(path: Path, data: bytes | str) -> None:
+def write_file(path: Path, data: bytes | str, *, lasting: bool = True) -> None:
     """Write a whole file, replacing an older one in a single step.
 
     Args:
         path: its folder must exist.
         data: text is written as UTF-8.
+        lasting: it must survive a power cut; otherwise nothing waits for the disk.
 
     Raises:
         StorageError: it could not be written; an older version is intact and nothing is left behind.
     """
-    temporary = _temporary(path)
-    with storing(path):
+    temporary, content = _temporary(path), data.encode() if isinstance(data, str) else data
+    with storing(path, len(content)):
         try:
-            _create_file(temporary, data.encode() if isinstance(data, str) else data)
+            _create_file(temporary, content, sync=lasting)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync_folder(path.parent)
+        if lasting:
+            _sync_folder(path.parent)
 
 
 @contextmanager
@@ -93,12 +103,14 @@ def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
         StorageError: it could not be written; nothing is left behind.
     """
     temporary = _temporary(path)
-    with storing(path):
+    with storing(path, sum(map(len, contents.values()))):
         try:
             os.mkdir(temporary, FOLDER_MODE)
             for name, data in contents.items():
+                fault_point("save.part")
                 _create_file(temporary / name, data)
             _sync_folder(temporary)
+            fault_point("save.rename")
             os.rename(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,8 +127,10 @@ def append_file(path: Path, data: bytes, *, header: bytes = b"") -> None:
     Raises:
         StorageError: it could not be written.
     """
-    with storing(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    with storing(path, len(data)):
+        # Not through a link, which in the folder of a stranger's run could lead to any file of the user's.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, FILE_MODE)
         try:
             size = os.fstat(descriptor).st_size
             try:
@@ -132,6 +146,25 @@ def append_file(path: Path, data: bytes, *, header: bytes = b"") -> None:
             _sync_folder(path.parent)
 
 
+def check_room(folder: Path, checkpoint: int) -> None:
+    """Raise StorageError where a disk has no room for `CHECKPOINTS_THAT_MUST_FIT`: a run would end by it.
+
+    Args:
+        folder: on that disk; the nearest folder above it that exists is asked.
+        checkpoint: bytes of one.
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    with storing(folder):
+        free = shutil.disk_usage(place).free
+    needed = CHECKPOINTS_THAT_MUST_FIT * checkpoint
+    if free < needed:
+        raise StorageError(
+            f"{place}: {free / 1e6:.1f} MB are free, and {needed / 1e6:.1f} MB are needed, for "
+            f"{CHECKPOINTS_THAT_MUST_FIT} checkpoints of {checkpoint / 1e6:.1f} MB each; make room, or choose another "
+            "--output"
+        )
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents where they are missing.
 
@@ -143,6 +176,17 @@ def make_folder(path: Path) -> None:
     with storing(path):
         os.makedirs(path, FOLDER_MODE, exist_ok=True)
         _sync_folder(path.parent)
+
+
+def make_own_folder(path: Path) -> None:
+    """Make a folder where it is missing, and be sure that it is one: things are removed in it.
+
+    Raises:
+        StorageError: it could not be made, a file is in the way, or a link that may lead anywhere.
+    """
+    if path.is_symlink():
+        raise StorageError(f"cannot write {path}: it is a link; put the folder that it leads to in its place")
+    make_folder(path)
 
 
 def claim_folder(path: Path) -> bool:
@@ -177,16 +221,20 @@ def replace_link(path: Path, target: str) -> None:
         _sync_folder(path.parent)
 
 
-def remove_folder(path: Path) -> None:
+def remove_folder(path: Path) -> bool:
     """Remove a folder if it exists; links in it are removed, not followed.
 
     It is renamed first, so that no half of it is ever found under its name. A failure is no error: it costs only
     space, and `remove_temporaries` tries again.
+
+    Returns:
+        Whether nothing is found under its name any more.
     """
     temporary = _temporary(path)
     with suppress(OSError):
         os.rename(path, temporary)
     shutil.rmtree(temporary, ignore_errors=True)
+    return not path.exists()
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -204,12 +252,13 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
 
 
-def _create_file(path: Path, data: bytes) -> None:
-    """Write a new file and wait until it is on the disk."""
+def _create_file(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a new file, and wait until it is on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     try:
         _write_all(descriptor, data)
-        os.fsync(descriptor)
+        if sync:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -1,12 +1,14 @@
 """The run folder: how it gets its name, and how a checkpoint is found in it. Imports no torch."""
 
-import json
 import os
 import re
 from pathlib import Path, PurePath
 
 from norm_matters.core.errors import UserError
-from norm_matters.record.files import claim_folder, make_folder
+from norm_matters.core.json import MAX_BYTES, parse_json
+from norm_matters.core.names import RULE, is_plain_name
+from norm_matters.core.reading import read_regular
+from norm_matters.record.files import TEMPORARY, claim_folder, make_folder
 from norm_matters.record.state import STATE_FILE, read_state
 
 PROVENANCE_FILE = "provenance.json"
@@ -14,7 +16,6 @@ CHECKPOINTS = "checkpoints"
 LAST = "last"
 BEST = "best"
 STEP_FOLDER = re.compile(r"step-\d{9,}(-\d+)?")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def claim_run_folder(output: Path, name: str | None, default: str, *, again: bool = False) -> Path:
@@ -35,10 +36,8 @@ def claim_run_folder(output: Path, name: str | None, default: str, *, again: boo
         StorageError: the folder could not be made.
     """
     base = default if name is None else name
-    if not _NAME.fullmatch(base):
-        raise UserError(
-            f"name: {base!r} names no run; use up to 128 letters, digits, '.', '_' and '-', a letter or digit first"
-        )
+    if not is_plain_name(base):
+        raise UserError(f"name: {base!r} names no run; use {RULE}")
     make_folder(output)
     folder, count = output / base, 1
     while not claim_folder(folder):
@@ -77,7 +76,7 @@ def find_begun(output: Path, launch: str, settings: str) -> Path | None:
     begun: list[tuple[str, Path]] = []
     for path in output.glob(f"*/{PROVENANCE_FILE}"):
         try:
-            found = json.loads(path.read_bytes())
+            found = parse_json(read_regular(path, limit=MAX_BYTES))
             if found["launch"] == {"id": launch, "settings": settings} and is_run(path.parent):
                 begun.append((found["started"], path.parent))
         except (OSError, ValueError, KeyError, TypeError):
@@ -88,6 +87,22 @@ def find_begun(output: Path, launch: str, settings: str) -> Path | None:
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's: it has the two files every run starts with."""
     return (path / "config.yaml").is_file() and (path / PROVENANCE_FILE).is_file()
+
+
+def check_links(run: Path) -> None:
+    """Raise UserError where an entry of a run's folder is a link, which could lead a resumed run to write elsewhere.
+
+    `last` and `best` may be, see `link_target`; and what a kill has left, which is removed without being followed.
+    """
+    checkpoints = run / CHECKPOINTS
+    entries = [*run.iterdir(), *(path for path in _entries(checkpoints) if path.name not in (LAST, BEST))]
+    for path in entries:
+        if path.is_symlink() and not path.name.startswith(TEMPORARY):
+            raise UserError(f"{path} is a link; a run's files are its own: put what it leads to in its place")
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def find_checkpoint(target: Path, prefer: str = BEST) -> Path:
@@ -127,9 +142,16 @@ def latest_checkpoint(run: Path, prefer: str = LAST) -> Path | None:
 
 
 def link_target(link: Path) -> Path | None:
-    """Where `last` or `best` leads; itself if it is a folder (a copy made with `cp -L`); None if there is nothing."""
+    """Where `last` or `best` leads; itself if it is a folder (a copy made with `cp -L`); None if there is nothing.
+
+    Raises:
+        UserError: it leads out of the folder that it is in.
+    """
     if link.is_symlink():
-        return link.parent / os.readlink(link)
+        target = os.readlink(link)
+        if not STEP_FOLDER.fullmatch(target):
+            raise UserError(f"{link} leads to {target!r:.80}, which is no checkpoint beside it; remove the link")
+        return link.parent / target
     return link if link.is_dir() else None
 
 

@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 
 from norm_matters.core.errors import StorageError, UserError
+from norm_matters.core.json import parse_json
+from norm_matters.core.reading import read_regular
 from norm_matters.record.files import append_file, write_file
 
 LAYOUT_FILE = "instruments.json"
 VALUES_FILE = "instruments.f32"
 FORMAT = 1
+LARGEST = 2**32
+"""Bytes of the largest file of measurements that is read."""
+
 _FLOAT = np.dtype("<f4")
 
 Columns = Sequence[tuple[str, str, int]]
@@ -102,7 +107,9 @@ def trim_measurements(run: Path, epochs: int) -> None:
     if not path.exists():
         return
     rows = _rows(run, _read_layout(run / LAYOUT_FILE), whole=False)
-    write_file(path, rows[rows[:, 0] <= epochs].tobytes())
+    data = rows[rows[:, 0] <= epochs].tobytes()
+    if len(data) != _size(path):
+        write_file(path, data)
 
 
 _REMEDY = f"move {LAYOUT_FILE} and {VALUES_FILE} away to go on without the earlier measurements"
@@ -119,11 +126,11 @@ def _layout_text(columns: Columns) -> str:
 
 def _read_layout(path: Path) -> list[tuple[str, str, int]]:
     try:
-        layout = json.loads(_read(path).decode())
+        layout = parse_json(_read(path))
         if layout["format"] != FORMAT:
             raise UserError(f"{path} is of format {layout['format']!r}; this norm-matters reads {FORMAT}")
         columns = [(entry["instrument"], entry["layer"], entry["size"]) for entry in layout["columns"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: it says nothing valid about {VALUES_FILE}; {_REMEDY}") from error
     if not all(isinstance(n, str) and isinstance(layer, str) and _is_size(size) for n, layer, size in columns):
         raise UserError(f"{path} is damaged: a column is not (instrument, layer, size); {_REMEDY}")
@@ -154,9 +161,11 @@ def _rows(run: Path, columns: Columns, *, whole: bool) -> np.ndarray:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, limit=LARGEST)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {_REMEDY}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; {_REMEDY}") from None
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 

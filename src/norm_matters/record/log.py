@@ -3,7 +3,8 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from norm_matters.record.files import append_file
+from norm_matters.core.faults import fault_point
+from norm_matters.record.files import append_file, storing
 
 
 class RunLog:
@@ -23,10 +24,12 @@ class RunLog:
             StorageError: it could not be written.
         """
         time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        lines = [f"{time} {_printable(line)}\n" for line in text.splitlines()]
+        lines = [f"{time} {printable_line(line)}\n" for line in text.splitlines()]
+        with storing(self.path):
+            fault_point("log")
         append_file(self.path, "".join(lines).encode())
 
 
-def _printable(line: str) -> str:
+def printable_line(line: str) -> str:
     """Names of files and classes may hold anything: nothing in a log may move the reader's cursor."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -8,13 +8,15 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from norm_matters.core.errors import StorageError, UserError
+from norm_matters.core.json import parse_json
+from norm_matters.core.reading import read_regular
 from norm_matters.record.files import write_file
 from norm_matters.record.folder import PROVENANCE_FILE
 
@@ -30,6 +32,9 @@ _PACKAGES = (
     "pandas",
     "bokeh",
 )
+LARGEST = 2**26
+"""Bytes of the largest `provenance.json` that is read."""
+
 _SECRET = re.compile(r"token|key|secret|pass", re.IGNORECASE)
 _HIDDEN = "(hidden)"
 
@@ -46,7 +51,7 @@ def collect_provenance(command: Sequence[str], *, device: str = "cpu", **facts: 
         A dict in JSON types: command, start (UTC), package (version, commit, changed files), versions, machine, facts.
     """
     return {
-        "command": _without_secrets(command),
+        "command": without_secrets(command),
         "started": _now(),
         "package": {"name": "norm-matters", "version": _version("norm-matters"), **_commit(Path(__file__).parents[1])},
         "versions": {
@@ -77,17 +82,58 @@ def append_event(run: Path, event: dict[str, Any]) -> None:
         UserError: the file is missing or damaged.
         StorageError: it could not be read or written.
     """
+    provenance = read_provenance(run)
+    events = provenance.get("events", [])
+    if not isinstance(events, list):
+        raise UserError(f"{run / PROVENANCE_FILE} is damaged: its events are no list")
+    write_provenance(run, {**provenance, "events": [*events, {"time": _now(), **_hide(event)}]})
+
+
+def read_provenance(run: Path) -> dict[str, Any]:
+    """Read `provenance.json` of a run folder.
+
+    Raises:
+        UserError: the file is missing or damaged.
+        StorageError: it could not be read.
+    """
     path = run / PROVENANCE_FILE
     try:
-        provenance = json.loads(path.read_bytes())
-        events = [*provenance.get("events", []), {"time": _now(), **_hide(event)}]
+        provenance = parse_json(read_regular(path, limit=LARGEST), nan=True)
+        if not isinstance(provenance, dict):
+            raise ValueError("it is no JSON object")
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    write_provenance(run, {**provenance, "events": events})
+    return provenance
+
+
+def note_unreadable(run: Path, found: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Add training images that could not be read to `unreadable_images` of a run's `provenance.json`.
+
+    Args:
+        found: name of each image -> why; also those that were added before.
+
+    Returns:
+        Why, of each that is new; and all that the run has met so far.
+
+    Raises:
+        UserError: the file is missing or damaged.
+        StorageError: it could not be read or written.
+    """
+    provenance = read_provenance(run)
+    before = provenance.get("unreadable_images", [])
+    try:
+        known = {str(entry["image"]): str(entry["reason"]) for entry in before}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run / PROVENANCE_FILE} is damaged: its unreadable_images are no list of images") from error
+    new = {image: reason for image, reason in found.items() if image not in known}
+    if new:
+        every = [{"image": image, "reason": reason} for image, reason in (known | new).items()]
+        write_provenance(run, {**provenance, "unreadable_images": every})
+    return list(new.values()), known | new
 
 
 def _now() -> str:
@@ -143,7 +189,7 @@ def _commit(package: Path) -> dict[str, Any]:
         return {"commit": None, "dirty": None}
 
 
-def _without_secrets(command: Sequence[str]) -> list[str]:
+def without_secrets(command: Sequence[str]) -> list[str]:
     """The arguments, with the value hidden after an option, or in a `KEY=VALUE`, that sounds like a secret."""
     shown, hide_next = [], False
     for argument in command:
@@ -162,7 +208,7 @@ def _hide(value: Any, name: str = "") -> Any:
     if isinstance(value, dict):
         return {key: _hide(entry, str(key)) for key, entry in value.items()}
     if name == "command" and isinstance(value, list | tuple):
-        return _without_secrets(value)
+        return without_secrets(value)
     if isinstance(value, list | tuple):
         return [_hide(entry, name) for entry in value]
     return _HIDDEN if isinstance(value, str) and _SECRET.search(name) else value

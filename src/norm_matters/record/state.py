@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from norm_matters.core.errors import StorageError, UserError
+from norm_matters.core.json import parse_json
+from norm_matters.core.reading import read_regular
 
 STATE_FILE = "state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: a checkpoint may stand in the middle of an epoch. Those of version 1 stand between two."""
 # A state is kilobytes. A file beyond this was not written here, and would be parsed into many times its size.
 _LARGEST = 64 * 2**20
 _SEAL = re.compile(rb'\A\{\n "sha256": "([0-9a-f]{64})",\n')
 _BLANK = b"0" * 64
 _ENTRIES: dict[str, type] = {"step": int, "best": bool, "parts": dict, "state": dict}
+
+
+class VersionError(UserError):
+    """A newer norm-matters wrote the checkpoint: it is whole, and not for this one."""
 
 
 def seal_state(document: dict[str, Any]) -> bytes:
@@ -39,7 +46,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         `{sha256, size, channels_last}`; `state`: what the run gave to `save_checkpoint`.
 
     Raises:
-        UserError: missing, cut short, changed, or of a newer version; names the file.
+        VersionError: of a newer version.
+        UserError: missing, cut short or changed; names the file.
         StorageError: the file is there and cannot be read.
     """
     path = folder / STATE_FILE
@@ -51,12 +59,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     if hashlib.sha256(blank).hexdigest().encode() != seal[1]:
         raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        # NaN: a loss may be one.
+        document = parse_json(data, max_bytes=_LARGEST, nan=True)
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version!r}; this norm-matters reads {FORMAT_VERSION}")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise VersionError(
+            f"{path} has format version {version}; this norm-matters reads 1 to {FORMAT_VERSION}: a newer one wrote it"
+        )
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise UserError(f"{path} has format version {version!r}; this norm-matters reads 1 to {FORMAT_VERSION}")
     if not all(isinstance(document.get(key), kind) for key, kind in _ENTRIES.items()):
         raise UserError(f"{path} is no state of a norm-matters checkpoint: it lacks one of {', '.join(_ENTRIES)}")
     return document
@@ -70,9 +83,9 @@ def read_part(path: Path, *, limit: int) -> bytes:
         StorageError: it is there and cannot be read.
     """
     try:
-        if path.is_file() and path.stat().st_size > limit:
-            raise UserError(f"{path} is damaged: {path.stat().st_size} bytes instead of at most {limit}")
-        return path.read_bytes()
+        return read_regular(path, limit=limit)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is missing") from error
     except IsADirectoryError as error:

@@ -7,7 +7,12 @@ from numbers import Integral
 from pathlib import Path
 
 from norm_matters.core.errors import StorageError, UserError
-from norm_matters.record.files import append_file, write_file
+from norm_matters.core.faults import fault_point
+from norm_matters.core.reading import read_regular
+from norm_matters.record.files import append_file, storing, write_file
+
+LARGEST = 2**28
+"""Bytes of the largest table that is read: a million epochs."""
 
 TIMING_COLUMNS = ("seconds", "images_per_second", "val_seconds")
 """The columns that may differ between equal runs."""
@@ -42,6 +47,8 @@ def append_row(path: Path, row: Mapping[str, float | None]) -> None:
         StorageError: it could not be written; the table is as before.
     """
     assert set(row) <= set(COLUMNS), f"no such columns: {set(row) - set(COLUMNS)}"
+    with storing(path):
+        fault_point("table")
     append_file(path, _line(_text(row.get(column)) for column in COLUMNS), header=_line(COLUMNS))
 
 
@@ -86,16 +93,19 @@ def trim_table(path: Path, epochs: int) -> None:
     if lines and tuple(_cells(lines[0])) != COLUMNS:
         raise UserError(f"{path} has other columns than this norm-matters writes: a table never mixes two versions")
     kept = [line for line, row in zip(lines[1:], rows, strict=True) if (row["epoch"] or math.inf) <= epochs]
-    if path.exists():
-        write_file(path, b"".join([*lines[:1], *kept]))
+    data = b"".join([*lines[:1], *kept])
+    if path.exists() and path.stat().st_size != len(data):
+        write_file(path, data)
 
 
 def _whole_lines(path: Path) -> list[bytes]:
     """The lines that have their end; nothing for a missing file."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, limit=LARGEST)
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise UserError(f"{path} is no table: {error}") from None
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     return [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]

@@ -14,6 +14,7 @@
 | `step_lambda`, `epoch_lambda` | Python only: a function of the optimizer step, or epoch, to a dict of settings |
 | `reset` | true: the optimizer's state (momentum, ...) is emptied as the phase starts |
 | `groups` | settings of some parameters instead of those above, by kind: see `groups.py` |
+| `instead_of_decay` | what brings about for weights what decay does: see `instead_of_decay.py`; null: unset |
 
 A phase inherits all settings of those before it, in the order of their starts; what a function returns counts as
 written in its phase, and it goes on being asked in later phases for what they do not set. A setting of a former
@@ -28,6 +29,8 @@ from typing import Any
 
 from norm_matters.core.clock import Clock, Duration
 from norm_matters.core.errors import UserError, nearest
+from norm_matters.regimes.instead_of_decay import KEY as INSTEAD_OF_DECAY
+from norm_matters.regimes.instead_of_decay import ExponentialLr, parse_instead_of_decay
 from norm_matters.regimes.schedules import Schedule, is_number, parse_schedule
 
 KINDS = ("last", "norm", "bias")
@@ -41,6 +44,7 @@ LANGUAGE_KEYS = (
     "lr_decay_steps",
     "step_lambda",
     "epoch_lambda",
+    INSTEAD_OF_DECAY,
 )
 
 Source = Sequence[Mapping[str, Any]] | Mapping[Any, Any] | Callable[[int], Mapping[str, Any]]
@@ -233,6 +237,8 @@ def _settings(phase: Mapping[str, Any], where: str) -> dict[str, Any]:
         if length.amount == 0:
             raise UserError(f"{where}.lr_decay_steps: must be longer than 0")
         settings["lr_decay_steps"] = length
+    if INSTEAD_OF_DECAY in phase:
+        settings[INSTEAD_OF_DECAY] = parse_instead_of_decay(phase[INSTEAD_OF_DECAY], f"{where}.{INSTEAD_OF_DECAY}")
     return settings
 
 
@@ -254,4 +260,21 @@ def _sequence_problems(phases: Sequence[Phase]) -> list[str]:
         steps_known |= "lr_decay_steps" in phase.settings
         if phase.settings.get("lr_decay_rate") is not None and not steps_known:
             problems.append(f"{phase.where}.lr_decay_rate: needs `lr_decay_steps`")
+    return problems + _replacement_problems(phases)
+
+
+def _replacement_problems(phases: Sequence[Phase]) -> list[str]:
+    """What is wrong with what stands in for decay in the phases taken together."""
+    problems, before, layers = [], None, None
+    for phase in phases:
+        if INSTEAD_OF_DECAY not in phase.settings:
+            continue
+        where, form = f"{phase.where}.{INSTEAD_OF_DECAY}", phase.settings[INSTEAD_OF_DECAY]
+        if isinstance(before, ExponentialLr) and not isinstance(form, ExponentialLr):
+            # Its weights have another length than their directions know of; the buffers too.
+            problems.append(f"{where}: exponential-lr can only be followed by exponential-lr; to end it give decay 0")
+        if form is not None:
+            if layers is not None and form.layers != layers[0]:
+                problems.append(f"{where}.layers: {form.layers!r} is not {layers[0]!r}, as in an earlier phase")
+            before, layers = form, layers or (form.layers,)
     return problems

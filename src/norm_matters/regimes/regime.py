@@ -6,6 +6,8 @@ from typing import Any
 
 from norm_matters.core.clock import Clock
 from norm_matters.core.errors import UserError
+from norm_matters.regimes.instead_of_decay import KEY as INSTEAD_OF_DECAY
+from norm_matters.regimes.instead_of_decay import InsteadOfDecay, NormSchedule
 from norm_matters.regimes.phases import Phase, Source, parse_phases
 from norm_matters.regimes.schedules import Schedule
 
@@ -75,7 +77,8 @@ class Regime:
         """Settings for the optimizer step that follows `clock`.
 
         Returns:
-            `optimizer` (str), `lr` and whatever else is set; `groups`: kind of parameters to settings of theirs.
+            `optimizer` (str), `lr` and whatever else is set; `groups`: kind of parameters to settings of theirs;
+            `instead_of_decay`, if there is any.
 
         Raises:
             UserError: a function of the regime failed or returned no settings.
@@ -85,6 +88,9 @@ class Regime:
             for own in (settings, *settings["groups"].values()):
                 if "lr" in own:
                     own["lr"] *= self.lr_factor
+            form = settings.get(INSTEAD_OF_DECAY)
+            if isinstance(form, NormSchedule):
+                settings[INSTEAD_OF_DECAY] = form.model_copy(update={"lr": form.lr * self.lr_factor})
         return settings
 
     def resets(self, clock: Clock) -> int:
@@ -115,6 +121,17 @@ class Regime:
     def kinds(self) -> list[str]:
         """The kinds of parameters that have settings of their own, in the order of first mention."""
         return list(dict.fromkeys(kind for phase in self.phases for kind in phase.groups))
+
+    @property
+    def replacements(self) -> list[InsteadOfDecay]:
+        """What stands in for weight decay in one phase or another."""
+        found = (phase.settings.get(INSTEAD_OF_DECAY) for phase in self.phases)
+        return [form for form in found if form is not None]
+
+    def starts(self, clock: Clock) -> list[int]:
+        """The optimizer steps at which the phases start in the run of `clock`, as far as they do."""
+        starts = {phase.start.steps(clock) for phase in self.phases}
+        return sorted(start for start in starts if start < clock.total_steps)
 
     def lr_curve(self, clock: Clock, points: int) -> list[tuple[float, float]]:
         """The learning rate at `points` steps spread evenly over the run of `clock`, as (epoch, LR)."""

@@ -12,6 +12,7 @@ from torch import nn
 from norm_matters.core.clock import Clock
 from norm_matters.core.errors import UserError, nearest
 from norm_matters.regimes.implementation import build_optimizer
+from norm_matters.regimes.instead_of_decay import KEY as INSTEAD_OF_DECAY
 from norm_matters.regimes.phases import LANGUAGE_KEYS, Phase
 from norm_matters.regimes.regime import Regime, fold
 from norm_matters.regimes.schedules import is_number
@@ -138,6 +139,8 @@ def _unknown(phase: Phase, optimizer: str) -> list[str]:
 def _refused(phase: Phase, settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with the values in force as a phase starts; torch is asked by building the optimizer."""
     name = settings["optimizer"]
+    if INSTEAD_OF_DECAY in settings and name != "SGD":
+        return [f"{phase.where}.{INSTEAD_OF_DECAY}: it is for the optimizer SGD, not for {name}"]
     trials = {phase.where: settings}
     trials |= {f"{phase.where}.groups.{kind}": {**settings, **own} for kind, own in settings["groups"].items()}
     for where, trial in trials.items():

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.json import MAX_BYTES, parse_json
+from norm_matters.core.reading import read_regular
 from norm_matters.core.yaml import read_yaml
 from norm_matters.record.table import read_table
 
@@ -112,8 +114,8 @@ def not_finite(run: RunFiles) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, limit=MAX_BYTES).decode()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
@@ -122,8 +124,8 @@ def _read_provenance(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(_read_text(path), nan=True)
+    except ValueError as error:
         raise UserError(f"{path}: broken JSON: {error}") from None
     return dict(flatten(value)) if isinstance(value, dict) else {"provenance": value}
 

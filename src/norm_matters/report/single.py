@@ -92,7 +92,14 @@ def _summary(run: RunFiles) -> list[Html]:
         ("Time of all epochs", _duration(float(np.nansum(columns["seconds"])))),
         ("Images per second, last epoch", value_text(columns["images_per_second"][-1])),
     ]
-    return [cards(facts), *map(note, not_finite(run))]
+    return [cards(facts), *map(note, [*not_finite(run), *_unreadable(run)])]
+
+
+def _unreadable(run: RunFiles) -> list[str]:
+    """A sentence on training images for which others stood in, if any; the provenance names them."""
+    count = sum(key.startswith("unreadable_images.") and key.endswith(".image") for key in run.provenance)
+    images = "1 training image" if count == 1 else f"{count} training images"
+    return [f"{images} could not be read: others of the same class stood in."] if count else []
 
 
 def _panels(run: RunFiles) -> list[Panel]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from math import isfinite
 from typing import Any, Literal, get_args
 
 from norm_matters.core.errors import UserError
 
 Crop = Literal["none", "pad", "inception"]
+MAX_SIZE = 2**14
+"""Pixels of the largest side that anything has here."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Preprocessing:
     draft: bool = False
 
     def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"{self.channels} channels; images have 1 or 3")
+        sizes = (self.input_size, self.pad, self.resize, self.cutout)
+        if not all(type(size) is int and 0 <= size <= MAX_SIZE for size in sizes) or not self.input_size:
+            raise ValueError(f"input_size, pad, resize and cutout {sizes} are no numbers of pixels up to {MAX_SIZE}")
+        if not all(isinstance(value, int | float) and isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError(f"mean {self.mean} and std {self.std} are no numbers")
         if not (self.channels == len(self.mean) == len(self.std)):
             raise ValueError(f"{self.channels} channels, but mean {self.mean} and std {self.std}")
         if self.crop not in get_args(Crop):

@@ -1,6 +1,7 @@
 """What every family of instruments is."""
 
 import abc
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,13 @@ class Instrument(abc.ABC):
 
     def after_step(self, *, made: bool) -> None:  # noqa: B027
         """Called after it; `made` says whether the optimizer moved (not after an overflow)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `end_epoch` needs of the steps so far, for a checkpoint; nothing where it needs none of them."""
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Go on from what `tensors` gave, on the CPU."""
 
     @abc.abstractmethod
     def end_epoch(self, images: Tensor) -> list[np.ndarray]:

@@ -1,5 +1,7 @@
 """What norms see: sigma from their running statistics, and the range of their input."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,23 @@ class NormInputs(Instrument):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See the class above."""
+        found = {}
+        for number, seen in enumerate(self._seen):
+            if seen:
+                found[f"{number}/numbers"] = torch.stack([numbers for numbers, _ in seen])
+                found[f"{number}/counts"] = torch.tensor([count for _, count in seen])
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See the class above."""
+        for number, ((_, norm), seen) in enumerate(zip(self._norms, self._seen, strict=True)):
+            if f"{number}/numbers" in tensors:
+                numbers, counts = tensors[f"{number}/numbers"], tensors[f"{number}/counts"]
+                device = next((tensor.device for tensor in norm.state_dict().values()), numbers.device)
+                seen[:] = zip(numbers.to(device), counts.tolist(), strict=True)
 
     def end_epoch(self, images: Tensor) -> list[np.ndarray]:
         """See the class."""

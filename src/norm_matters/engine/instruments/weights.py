@@ -1,5 +1,7 @@
 """Weights in motion: norms per channel, turning angles beside their equilibrium, effective learning rate."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,12 +19,25 @@ from norm_matters.engine.instruments.tracked import tracked_weights
 from norm_matters.engine.state import TrainingState
 
 
+def _moved_squares(ww: np.ndarray, moved: Tensor | None, factors: np.ndarray | None, *, parametrized: bool) -> float:
+    """The squared length of what the optimizer moves, as the effective learning rate of the layer takes it.
+
+    Args:
+        ww: (channels,) squared norms of the effective weight.
+        moved: of what is behind a parametrization.
+        factors: (channels,) of the learning rate: a channel acts as if its square were shorter by that.
+    """
+    if parametrized:
+        return float("nan") if moved is None or factors is not None else moved.item()
+    return float(np.sum(ww if factors is None else ww / factors))
+
+
 class WeightMotion(Instrument):
     """Follows the effective weights of all layers through measured steps.
 
     For each layer, angles in radians per step and as root mean squares over the measured steps:
     - `weight_norm` (channels): norm of each output channel at the end of the epoch;
-    - `effective_lr` (1): of the weight as one vector, in the last measured step;
+    - `effective_lr` (1): of the weight as one vector, in the last measured step, corrections of the LR included;
     - `angle` (5): five numbers over the channels of the angle that each turns by;
     - `layer_angle` (1): the same for the weight as one vector;
     - `equilibrium` (1): the angle that SGD with decay tends to.
@@ -68,6 +83,19 @@ class WeightMotion(Instrument):
             self._equilibria.append([equilibrium_angle(settings) for settings in self._settings()])
         self._before = []
 
+    def tensors(self) -> dict[str, Tensor]:
+        """See the class above; the last step of an epoch is always measured, so that only sums over steps count."""
+        if not self._steps:
+            return {}
+        equilibria = torch.tensor(self._equilibria, dtype=torch.float64)
+        return {"steps": torch.stack(self._steps), "equilibria": equilibria}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See the class above."""
+        if "steps" in tensors:
+            self._steps = list(tensors["steps"].to(self._state.device))
+            self._equilibria = tensors["equilibria"].tolist()
+
     def _sums(self, before: Tensor, after: Tensor) -> Tensor:
         """(w, w), (w, d), (d, d) and (w', w') of each channel: (4, channels)."""
         w, new = before.to(self._wide), after.to(self._wide)
@@ -100,8 +128,9 @@ class WeightMotion(Instrument):
             return [np.full(column.size, np.nan) for column in self.columns]
         ww, _, _, new = self._last[0].double().cpu().numpy()
         channels = [slice(*pair) for pair in zip(self._starts[:-1], self._starts[1:], strict=True)]
+        factors = {layer: factor.double().cpu().numpy() for layer, factor in self._state.optimizer.lr_factors().items()}
         lengths = [
-            float(np.sum(ww[part])) if not weight.parametrized else float("nan") if moved is None else moved.item()
+            _moved_squares(ww[part], moved, factors.get(weight.layer), parametrized=weight.parametrized)
             for weight, moved, part in zip(self._weights, self._moved, channels, strict=True)
         ]
         steps = [step.double().cpu().numpy()[:3] for step in self._steps]

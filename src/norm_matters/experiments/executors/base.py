@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from norm_matters.core.errors import StorageError
-from norm_matters.record.files import FILE_MODE
+from norm_matters.record.files import FILE_MODE, make_folder
 
 LAUNCHER = "norm_matters.experiments.start"
 LOST = 70
@@ -89,13 +89,14 @@ def spawn(task: Task, *options: str, environment: Mapping[str, str] | None = Non
     """
     log = Path(task.log)
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, FILE_MODE)
+        make_folder(log.parent)
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, FILE_MODE)
     except OSError as error:
         raise StorageError(f"cannot write {log}: {error.strerror or error}") from error
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", LAUNCHER, "--parent", str(os.getpid()), *options, *task.arguments],
+            # -P: the folder that it is started in may be full of a stranger's files, modules among them.
+            [sys.executable, "-P", "-m", LAUNCHER, "--parent", str(os.getpid()), *options, *task.arguments],
             env={**os.environ, **task.environment, **(environment or {})},
             cwd=task.folder,
             stdin=subprocess.DEVNULL,

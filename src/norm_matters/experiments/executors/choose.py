@@ -10,7 +10,9 @@ from norm_matters.core.config import RunConfig
 from norm_matters.core.errors import UserError, nearest
 from norm_matters.experiments.executors.base import Executor
 
-EXECUTORS = ("local", "slurm", "ray")
+EXECUTORS = ("local", "slurm", "ray", "inline")
+ON_THIS_MACHINE = ("local", "inline")
+"""Those that do not leave it, so that a device that is asked for must be here."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ def make_executor(placement: Placement, configs: Sequence[RunConfig], output: Pa
     cores = _cores()
     threads, jobs = placement.threads, placement.jobs
     gpus = _gpus(configs)
+    if placement.executor == "inline":
+        from norm_matters.experiments.executors.inline import InlineExecutor
+
+        return InlineExecutor(threads=threads)
     if placement.executor == "local":
         from norm_matters.experiments.executors.local import LocalExecutor
 
@@ -82,6 +88,8 @@ def make_executor(placement: Placement, configs: Sequence[RunConfig], output: Pa
 
 def parallel_runs(placement: Placement, configs: Sequence[RunConfig]) -> int:
     """How many runs there will be side by side; where a cluster decides, all that are asked for."""
+    if placement.executor == "inline":
+        return 1
     on_cluster = placement.executor == "slurm" or placement.ray_address is not None
     if placement.jobs or on_cluster:
         return placement.jobs or len(configs)

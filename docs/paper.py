@@ -1,0 +1,141 @@
+"""Writes paper.md from the verdicts in results/claims: `python docs/paper.py`. Every number there comes from a file."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from norm_matters.experiments.claims import RECIPES
+from norm_matters.experiments.claims.evidence import read_verdicts
+from norm_matters.experiments.claims.recipe import SCALES, Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "claims"
+PAGE = ROOT / "docs" / "paper.md"
+
+_HEAD = """# What holds of the paper, claim by claim
+
+Hoffer, Banner, Golan and Soudry, *Norm matters: efficient and accurate normalization schemes in deep networks*
+(NeurIPS 2018, [arXiv 1803.01814](https://arxiv.org/abs/1803.01814)). All curves of the paper are single runs without
+error bars; what stands here are repetitions with seeds and tests. This page is written by `python docs/paper.py` from
+the verdicts in [results/claims](../results/claims).
+
+```bash
+norm-matters reproduce list
+norm-matters reproduce wd --scale small --data-dir DIR     # or --dataset parquet:DIR
+norm-matters reproduce all --scale smoke                   # everything once, in minutes: it shows that it runs
+```
+
+The time is estimated and printed first; the same command again goes on where it was cut off. `--output DIR`
+(`reproduced`) receives the run folders, a `verdict.json` for each claim, a page for each experiment and `index.html`.
+`--pilot` trains three seeds of two arms and says how many seeds are needed for 80% power at half the margin.
+`--publish results/claims` copies verdicts and tables, without the runs.
+
+**How a claim is decided.** Arms are paired by seed: the same initial weights, order of images and augmentation. The
+metric is the mean test accuracy over the last quarter of the epochs. One verdict comes from one interval, that of the
+paired difference (t, 90%, two-sided), and a margin (0.5 points unless said otherwise): *equal* inside the margin,
+*worse* or *better* beyond it, *worse but within the margin* inside it without 0, *undecided* otherwise, also where it
+is certain that an arm is worse but not by how much. A sign that turns round needs both one-sided tests at 5% (an
+intersection-union test); a share of a gap has Fieller's interval; divergence is told by Fisher's exact test. Margins,
+seeds, choices and what counts as diverged are fixed in the recipe before the run; nothing is chosen by the test images.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(text())
+
+
+def text() -> str:
+    """The page, from the verdicts and tables that lie in results/claims."""
+    found = {(each["experiment"], each["scale"], each["claim"]): each for each in read_verdicts(RESULTS)}
+    parts = [_HEAD, "## At a glance\n", _glance(found)]
+    parts += [_experiment(RECIPES.get(name), found) for name in RECIPES.names()]
+    return "\n".join(parts)
+
+
+def _glance(found: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
+    lines = ["| claim | statement | verdict | scale | seeds |", "|---|---|---|---|---|"]
+    for name in RECIPES.names():
+        for claim in RECIPES.get(name).claims:
+            told = [found[name, scale, claim.id] for scale in SCALES if (name, scale, claim.id) in found]
+            for each in told:
+                seeds = str(len(each["seeds"])) if each["seeds"] else "–"
+                lines.append(_row(claim.id, claim.statement, f"**{each['verdict']}**", each["scale"], seeds))
+            if not told:
+                lines.append(_row(claim.id, claim.statement, "not run yet", "", ""))
+    return "\n".join(lines) + "\n"
+
+
+def _experiment(recipe: Recipe, found: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
+    module = f"src/norm_matters/experiments/claims/{recipe.id.replace('-', '_')}.py"
+    scales = [scale for scale in SCALES if any((recipe.id, scale, claim.id) in found for claim in recipe.claims)]
+    lines = [f"## {recipe.id}: {recipe.question}", ""]
+    lines.append(f"Recipe: [{module.rpartition('/')[2]}](../{module}). {recipe.differs}".strip())
+    lines.append("")
+    if recipe.arms:
+        lines += ["Arms: " + "; ".join(f"`{arm.name}`: {arm.meaning.rstrip('.')}" for arm in recipe.arms) + ".", ""]
+    for claim in recipe.claims:
+        lines += [f"**{claim.id}** {claim.statement}" + (f" In the paper: {claim.paper}" if claim.paper else "")]
+        lines += [f"Rule: {claim.rule}.", ""]
+        told = [found[recipe.id, scale, claim.id] for scale in scales if (recipe.id, scale, claim.id) in found]
+        if not told:
+            lines += ["*Not run yet.*", ""]
+        for each in told:
+            lines += [f"*{each['scale'].capitalize()} scale: **{each['verdict']}**.* {each['sentence']}", ""]
+            lines += _tests(each)
+    for scale in scales:
+        lines += [_ran(recipe, scale, found), ""]
+    return "\n".join(lines)
+
+
+def _tests(verdict: Mapping[str, Any]) -> list[str]:
+    """The tests of a verdict as a table; nothing for a single one, which the sentence tells."""
+    if len(verdict["statistics"]) < 2:
+        return []
+    lines = ["| test | by | n | estimate (interval) | p | comes to |", "|---|---|---|---|---|---|"]
+    for each in verdict["statistics"]:
+        p = ", ".join(f"{name} {value:.2g}" for name, value in each["p"].items() if value is not None)
+        lines.append(_row(each["what"], each["test"], str(each["n"]), _estimate(each), p or "–", each["word"]))
+    return [*lines, ""]
+
+
+def _row(*cells: str) -> str:
+    """A row of a table; a bar in a cell would end it."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _estimate(finding: Mapping[str, Any]) -> str:
+    sign = "" if finding["margin"] is None else "+"
+    estimate, low, high = (
+        math.nan if finding[key] is None else float(finding[key]) for key in ("estimate", "low", "high")
+    )
+    if math.isnan(estimate):
+        return "–"
+    told = f"{estimate:{sign}.3g}"
+    if math.isinf(low):
+        return f"{told} (unbounded)"
+    return told if math.isnan(low) or low == high else f"{told} ({low:{sign}.3g} to {high:{sign}.3g})"
+
+
+def _ran(recipe: Recipe, scale: str, found: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
+    """What was run, on what, and where its numbers are."""
+    verdict = next(
+        found[recipe.id, scale, claim.id] for claim in recipe.claims if (recipe.id, scale, claim.id) in found
+    )
+    folder = f"results/claims/{recipe.id}-{scale}"
+    kinds = [
+        f"{kind['runs']} runs on {_machine(kind)}, torch {(kind.get('versions') or {}).get('torch')}"
+        for kind in verdict["provenance"].get("runs", [])
+    ]
+    machine = "; ".join(kinds) or _machine(verdict["provenance"])
+    return f"{recipe.scale(scale).about} Numbers: [{folder}](../{folder}) ({machine})."
+
+
+def _machine(provenance: Mapping[str, Any]) -> str:
+    machine = provenance.get("machine") or {}
+    return str(machine.get("device_name") or machine.get("cpu"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The command `reproduce`. Only typer is imported at the top: `--help` answers without torch."""
+
+import json
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from norm_matters.cli_sweep import FAILED, INTERRUPTED, PREEMPTED, number, setting, terminable
+from norm_matters.core.errors import UserError, nearest
+from norm_matters.progress import printable
+
+if TYPE_CHECKING:
+    from norm_matters.experiments.claims.performing import Result
+    from norm_matters.experiments.claims.planning import ExperimentPlan
+
+_SCALES = ("smoke", "small", "paper")
+
+
+def _ids() -> list[str]:
+    from norm_matters.experiments.claims import RECIPES
+
+    return ["list", "all", *RECIPES.names()]
+
+
+def reproduce(
+    context: typer.Context,
+    experiment: Annotated[
+        str, typer.Argument(metavar="ID|list|all", help="an experiment; see `reproduce list`", autocompletion=_ids)
+    ],
+    scale: Annotated[
+        str,
+        typer.Option(metavar="|".join(_SCALES), help="how large", autocompletion=lambda: list(_SCALES)),
+    ] = "small",
+    seeds: Annotated[str | None, typer.Option(metavar="N", help="of each arm; the recipe's by default")] = None,
+    arms: Annotated[str | None, typer.Option(metavar="ARM,...", help="only these, and what they come after")] = None,
+    dataset: Annotated[str | None, typer.Option(help="other images, such as parquet:DIR or fashion-mnist")] = None,
+    data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="where datasets lie")] = None,
+    download: Annotated[bool, typer.Option("--download", help="fetch the dataset if it is missing")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(metavar="local|slurm|ray|inline", help="where the runs are; inline at smoke scale, else local"),
+    ] = None,
+    jobs: Annotated[str | None, typer.Option(metavar="N", help="runs side by side; as many as fit by default")] = None,
+    threads: Annotated[str, typer.Option(metavar="N", help="of each run")] = "1",
+    slurm: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="of the jobs, such as partition=gpu")
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="of a cluster, such as auto")] = None,
+    retries: Annotated[str, typer.Option(metavar="N", help="start a run that failed again, so often")] = "0",
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="train three seeds of two arms, to say how many seeds are needed")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the runs and how long they would take")] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="where pages, verdicts and runs lie")] = Path(
+        "reproduced"
+    ),
+    publish: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="copy verdicts and tables there, without the runs")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Put a claim of the paper to the test: all arms with all seeds, a verdict for each claim, and a page.
+
+    Runs that are done are skipped, those that were cut off go on: the same command again finishes an experiment.
+    """
+    if experiment == "list":
+        _list(as_json=as_json)
+        return
+    from norm_matters.experiments.claims import performing
+    from norm_matters.experiments.executors import Placement
+
+    placement = Placement(
+        executor or performing.usual_executor(scale),
+        number("--jobs", jobs) if jobs is not None else None,
+        number("--threads", threads),
+        dict(setting("--slurm", text) for text in slurm or []),
+        ray_address,
+    )
+    again = number("--retries", retries, least=0)
+    count = None if seeds is None else number("--seeds", seeds)
+    names = [name for name in (arms or "").split(",") if name]
+    if experiment == "all" and names:
+        raise UserError("--arms: experiments have arms of their own; leave it out, or name one experiment")
+    given = performing.user_settings(dataset=dataset, data_dir=data_dir, download=download, device=device)
+    plans = _plans(experiment, scale, output=output, arms=names, seeds=count, given=given, placement=placement)
+    told: list[dict[str, Any]] = []
+    failed = False
+    for plan in plans:
+        _introduce(plan, stream=sys.stderr if as_json else sys.stdout, estimate=dry_run or scale != "smoke")
+        if dry_run:
+            continue
+        if pilot:
+            _pilot(plan, as_json=as_json)
+            continue
+        result = _perform(plan, context.obj, again, publish, as_json=as_json)
+        failed |= bool(result.failed)
+        told += [_plain(plan, verdict) for verdict in result.verdicts]
+        if not as_json:
+            _show_result(result)
+    if as_json and not pilot and not dry_run:
+        print(json.dumps(told))
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _plans(experiment: str, scale: str, *, given: dict[str, Any], **options: Any) -> "list[ExperimentPlan]":
+    """The plans of one experiment, or of all that have the scale; `options` are those of `plan_from`.
+
+    Of all, those about images that come with this package keep them, whatever the others are trained on.
+    """
+    from norm_matters.experiments.claims import RECIPES, performing
+
+    if experiment != "all":
+        return [performing.plan_from(experiment, scale=scale, given=given, **options)]
+    names = [name for name in RECIPES.names() if scale in RECIPES.get(name).scales]
+    if not names:
+        raise UserError(
+            f"--scale: value '{scale}' is not valid; it takes {', '.join(_SCALES)}{nearest(scale, _SCALES)}"
+        )
+    others = {key: value for key, value in given.items() if not key.startswith("data.")}
+    return [
+        performing.plan_from(name, scale=scale, given=others if _brings_images(name, scale) else given, **options)
+        for name in names
+    ]
+
+
+def _brings_images(experiment: str, scale: str) -> bool:
+    """Whether an experiment is about images that come with this package."""
+    from norm_matters.experiments.claims import RECIPES
+
+    return RECIPES.get(experiment).scale(scale).dataset == "digits"
+
+
+def _list(*, as_json: bool) -> None:
+    from norm_matters.experiments.claims import RECIPES
+
+    entries = [(name, RECIPES.summary(name)) for name in RECIPES.names()]
+    if as_json:
+        print(json.dumps([{"id": name, "summary": summary} for name, summary in entries]))
+        return
+    width = max(len(name) for name, _ in entries)
+    for name, summary in entries:
+        print(printable(f"{name:{width}}  {summary}"))
+
+
+def _introduce(plan: "ExperimentPlan", *, stream: Any, estimate: bool) -> None:
+    """Say what is about to be run, and how long it takes, before anything is."""
+    from norm_matters.experiments.claims import performing
+    from norm_matters.experiments.claims.phases import describe_products
+    from norm_matters.experiments.pace import show_seconds
+
+    def say(text: str) -> None:
+        print(printable(text), file=stream, flush=True)
+
+    say(f"{plan.recipe.id}, {plan.scale} scale: {plan.recipe.question}")
+    if not plan.recipe.arms:
+        return
+    steps = performing.check_images(plan)
+    say(plan.size.about)
+    say(performing.seeds_sentence(plan))
+    if products := performing.products_of(plan.whole(), steps):
+        say(describe_products(plan.recipe.equilibrium or "", products))
+    members = [*plan.choosing(), *plan.comparing(plan.chosen())]
+    left = sum(standing.status in ("new", "cut off") for standing in plan.standings(members))
+    say(f"arms: {', '.join(arm.name for arm in plan.arms)}; {len(members)} runs, {left} to train")
+    if estimate:
+        found = performing.estimate_time(plan)
+        time = "time unknown" if found.seconds is None else f"about {show_seconds(found.seconds)}"
+        say(f"{time} ({found.source})")
+
+
+def _perform(
+    plan: "ExperimentPlan", command: list[str], retries: int, publish: Path | None, *, as_json: bool
+) -> "Result":
+    """Run an experiment with its display; SIGTERM ends it as Ctrl-C does."""
+    from norm_matters.experiments.claims import performing
+
+    with terminable() as signals:
+        try:
+            with _table(plan, as_json=as_json) as table:
+                return performing.perform(plan, command=command, retries=retries, on_change=table, publish_to=publish)
+        except KeyboardInterrupt:
+            members = [*plan.choosing(), *plan.comparing(plan.chosen())]
+            done = sum(standing.status == "done" for standing in plan.standings(members))
+            print(f"{done} of {len(members)} runs are done; the same command goes on from here", file=sys.stderr)
+            raise typer.Exit(PREEMPTED if signal.SIGTERM in signals else INTERRUPTED) from None
+
+
+def _pilot(plan: "ExperimentPlan", *, as_json: bool) -> None:
+    from norm_matters.experiments.claims import performing
+
+    with _table(plan, as_json=as_json) as table:
+        found = performing.run_pilot(plan, on_change=table)
+    if as_json:
+        print(json.dumps({"sd": found.sd, "n": found.n, "arm": found.arm, "seeds": found.seeds}))
+        return
+    print(
+        f"{found.arm} less {plan.recipe.baseline}: SD {found.sd:.2g} points over {found.n} pairs; {found.seeds} seeds "
+        f"give 80% power at half the margin of {plan.recipe.margin:g}"
+    )
+
+
+def _table(plan: "ExperimentPlan", *, as_json: bool) -> Any:
+    """The display of the runs; nothing for an experiment without any."""
+    if not plan.recipe.arms:
+        return nullcontext()
+    from norm_matters.experiments.executors import parallel_runs
+    from norm_matters.experiments.pace import recorded_pace
+    from norm_matters.experiments.summary import Measure
+    from norm_matters.experiments.table import SweepTable
+
+    parallel = parallel_runs(plan.placement, [member.cell.config for member in plan.comparing()])
+    stream = sys.stderr if as_json else sys.stdout
+    return SweepTable(Measure(), recorded_pace(plan.runs), parallel, stream=stream)
+
+
+def _plain(plan: "ExperimentPlan", verdict: Any) -> dict[str, Any]:
+    return {
+        "experiment": plan.recipe.id,
+        "scale": plan.scale,
+        "claim": verdict.claim,
+        "verdict": verdict.word,
+        "holds": verdict.holds,
+        "sentence": verdict.sentence,
+    }
+
+
+def _show_result(result: "Result") -> None:
+    for verdict in result.verdicts:
+        print(printable(f"{verdict.claim}: {verdict.word}. {verdict.sentence}"))
+    for name, error in result.failed.items():
+        print(printable(f"failed: {name}: {error}"), file=sys.stderr)
+    print(printable(f"page {result.page}"))

@@ -1,0 +1,93 @@
+"""LP-3: L1 with a constant a quarter and four times as large, and whether gamma could have learned it away."""
+
+import math
+
+from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, is_worse, together, verdict
+from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Scale, Verdict
+from norm_matters.experiments.claims.sizes import CIFAR, SMOKE, SMOKE_ABOUT, VGG_SMALL, imagenet
+
+_C = math.sqrt(math.pi / 2)
+_FIGURE = "l1_constant_imagenet_error"
+
+
+def _matters(evidence: Evidence) -> Verdict:
+    found = [compare(evidence, arm, "l1") for arm in ("quarter", "four")]
+    return together("LP-3", found, words=[is_worse(each) for each in found])
+
+
+def _start(evidence: Evidence) -> Verdict:
+    arms = ("quarter-undone", "four-undone", "gamma-four", "gamma-quarter")
+    undone = [compare(evidence, arm, "l1") for arm in arms if evidence.ended(arm)]
+    like = [
+        compare(evidence, constant, gamma)
+        for constant, gamma in (("quarter", "gamma-four"), ("four", "gamma-quarter"))
+        if evidence.ended(constant, gamma)
+    ]
+    return verdict("Q-GAMMA", [*undone, *like], holds=WITHIN, fails=WORSE)
+
+
+def _norm(spec: str) -> dict[str, str]:
+    return {"model.norm": spec}
+
+
+RECIPE = Recipe(
+    id="constant",
+    question="Does the constant of L1 batch norm matter, although gamma can learn any factor?",
+    claims=(
+        Claim(
+            "LP-3",
+            "The constant matters: a quarter of it and four times it both cost accuracy.",
+            "ResNet-18 on ImageNet, top-1 error with C x 1/4, 1, 4: 36.1, 33.9, 35.5.",
+            "the 90% intervals of both differences from C lie below 0; it fails where either arm is as good",
+            ("quarter", "l1", "four"),
+            _matters,
+        ),
+        Claim(
+            "Q-GAMMA",
+            "What matters of the constant is the scale it gives the network at its start.",
+            "",
+            "with gamma's start scaled so that the output is as with C, a quarter of C loses no more than the margin",
+            ("quarter-undone", "l1"),
+            _start,
+        ),
+    ),
+    arms=(
+        Arm("l1", "L1 with its constant C = sqrt(pi / 2).", _norm("l1")),
+        Arm("quarter", "C / 4: outputs four times as large.", _norm(f"l1:constant={_C / 4:.6f}")),
+        Arm("four", "4 C: outputs a quarter as large.", _norm(f"l1:constant={4 * _C:.6f}")),
+        Arm(
+            "quarter-undone",
+            "C / 4, and gamma starts at 1/4: outputs as with C.",
+            _norm(f"l1:constant={_C / 4:.6f},gamma=0.25"),
+        ),
+        Arm(
+            "four-undone", "4 C, and gamma starts at 4: outputs as with C.", _norm(f"l1:constant={4 * _C:.6f},gamma=4")
+        ),
+        Arm("gamma-four", "C, and gamma starts at 4: outputs as with C / 4.", _norm("l1:gamma=4")),
+        Arm("gamma-quarter", "C, and gamma starts at 1/4: outputs as with 4 C.", _norm("l1:gamma=0.25")),
+    ),
+    baseline="l1",
+    diverged=20.0,
+    differs="Pairs of seeds in place of single runs. The controls with gamma's start scaled are not in the paper.",
+    paper_curves={
+        "l1": PaperCurve(_FIGURE, "one", "C"),
+        "quarter": PaperCurve(_FIGURE, "quarter", "C / 4"),
+        "four": PaperCurve(_FIGURE, "four", "4 C"),
+    },
+    scales={
+        "smoke": Scale(SMOKE, 2, "digits", SMOKE_ABOUT),
+        "small": Scale(
+            {**VGG_SMALL, "train.epochs": 6, "train.instruments": "none"},
+            5,
+            CIFAR,
+            "Small scale: VGG11 at an eighth of its width on CIFAR-10 for 6 epochs in place of ResNet-18 on ImageNet "
+            "for 80. 35 runs, about an hour and a quarter on 2 cores.",
+        ),
+        "paper": Scale(
+            imagenet("resnet18", epochs=81),
+            3,
+            "imagenet",
+            "Paper scale: ResNet-18 on ImageNet, 81 epochs, three seeds.",
+        ),
+    },
+)

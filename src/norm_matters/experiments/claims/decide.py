@@ -1,0 +1,257 @@
+"""From runs to words: the few tests that claims are decided by, each from one interval or one p value."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from norm_matters.experiments.claims.recipe import LAST_QUARTER, Evidence, Finding, Verdict, Window, Word
+from norm_matters.experiments.equivalence import ALPHA, CONFIDENCE, fieller, fisher_p, one_sided_p
+from norm_matters.experiments.statistics import compare_pairs
+
+PAIRED_T = f"paired t, {CONFIDENCE:.0%} interval"
+FIELLER = f"Fieller, {CONFIDENCE:.0%} interval"
+UNION = f"two one-sided paired t tests, both at {ALPHA:.0%}"
+FISHER = "Fisher's exact test, two-sided"
+IDENTITY = "largest error"
+
+AS_GOOD: tuple[Word, ...] = ("equal", "better but within the margin", "better")
+WITHIN: tuple[Word, ...] = (*AS_GOOD, "worse but within the margin")
+WORSE: tuple[Word, ...] = ("worse",)
+
+_SENTENCES: Mapping[Word, str] = {
+    "equal": "are equal within the margin of",
+    "worse but within the margin": "differ for certain, but by less than the margin of",
+    "better but within the margin": "differ for certain, but by less than the margin of",
+    "worse": "differ by more than the margin of",
+    "better": "differ by more than the margin of",
+    "undecided": "leave it undecided, with the margin of",
+}
+
+
+def word_of(low: float, high: float, margin: float) -> Word:
+    """The word for an interval of a difference (arm less baseline, higher is better).
+
+    - inside the margin: "equal" if it holds 0, else "worse but within the margin" or "better but within the margin";
+    - beyond it: "worse" or "better";
+    - else, or without an interval: "undecided", also where it is certain that one is worse but not by how much.
+    """
+    if high < -margin:
+        return "worse"
+    if low > margin:
+        return "better"
+    if not (low > -margin and high < margin):
+        return "undecided"
+    return (
+        "equal" if low <= 0 <= high else "worse but within the margin" if high < 0 else "better but within the margin"
+    )
+
+
+def compare(
+    evidence: Evidence, arm: str, baseline: str, *, margin: float | None = None, window: Window = LAST_QUARTER
+) -> Finding:
+    """An arm beside another over pairs of the same seed: the difference of their accuracies.
+
+    Args:
+        margin: points; the recipe's unless given.
+    """
+    margin = evidence.recipe.margin if margin is None else margin
+    values, others = paired(evidence, arm, baseline, window=window)
+    found = compare_pairs(values, others, CONFIDENCE)
+    difference = found.difference
+    lost = [name for name in (arm, baseline) if evidence.lost(name)]
+    word, note = word_of(difference.low, difference.high, margin), ""
+    if lost:
+        # An interval over the seeds that survive is not that of the arm.
+        word, note = "undecided", f"runs of {' and '.join(lost)} stopped on numbers that are not finite"
+    elif word == "undecided" and (difference.high < 0 or difference.low > 0):
+        note = f"{'worse' if difference.high < 0 else 'better'} for certain, by how much is open"
+    return Finding(
+        f"{arm} less {baseline}",
+        PAIRED_T,
+        difference.n,
+        difference.mean,
+        difference.low,
+        difference.high,
+        word,
+        p={"two-sided": found.p_t},
+        margin=margin,
+        note=note,
+    )
+
+
+def share(evidence: Evidence, arm: str, *, low: str, high: str, least: float = 0.5) -> Finding:
+    """Which part of the way from one arm to another a third one goes: `(arm - low) / (high - low)`.
+
+    Args:
+        low, high: the ends of the way.
+        least: "holds" where the interval lies above it, "does not hold" where it lies below.
+    """
+    middle, bottom, top = paired(evidence, arm, low, high)
+    found = fieller(
+        [a - b for a, b in zip(middle, bottom, strict=True)], [a - b for a, b in zip(top, bottom, strict=True)]
+    )
+    return Finding(
+        f"({arm} less {low}) / ({high} less {low})",
+        FIELLER,
+        len(middle),
+        found.estimate,
+        found.low,
+        found.high,
+        "holds" if found.low > least else "does not hold" if found.high < least else "undecided",
+        unit="",
+        note=f"above {least:g}?"
+        + ("" if math.isfinite(found.low) else f"; {high} and {low} may be equal: the share is not known"),
+    )
+
+
+def reversal(evidence: Evidence, arm: str, baseline: str, *, early: Window, late: Window) -> Finding:
+    """Whether an arm is ahead of its baseline early and behind it late: an intersection-union test.
+
+    Both one-sided tests must be significant at 5%, with no correction for two of them: the union of two null
+    hypotheses is rejected only where each is (Berger 1982, Technometrics 24, 295-300).
+    """
+    ahead, behind = (
+        [a - b for a, b in zip(*paired(evidence, arm, baseline, window=window), strict=True)]
+        for window in (early, late)
+    )
+    p = {"ahead early": one_sided_p(ahead), "behind late": one_sided_p([-value for value in behind])}
+    means = [math.fsum(values) / len(values) if values else math.nan for values in (ahead, behind)]
+    largest = max(p.values()) if not any(map(math.isnan, p.values())) else math.nan
+    turned = largest <= ALPHA
+    # Shown to be otherwise where one of the two signs is significantly the wrong one.
+    wrong = any(value >= 1 - ALPHA for value in p.values())
+    return Finding(
+        f"{arm} less {baseline}: the sign turns round",
+        UNION,
+        len(ahead),
+        means[0],
+        math.nan,
+        math.nan,
+        "holds" if turned else "does not hold" if wrong else "undecided",
+        p=p,
+        note=f"{_signed(means[0])} points over {_part(early)} of the run, {_signed(means[1])} over {_part(late)}",
+    )
+
+
+def divergence(evidence: Evidence, arm: str, baseline: str) -> Finding:
+    """Whether an arm diverges more often than its baseline; eight seeds or more are needed for a small p value."""
+    own, others = (list(evidence.diverged(name).values()) for name in (arm, baseline))
+    counts = (sum(own), sum(others))
+    p = fisher_p(counts, (len(own) - counts[0], len(others) - counts[1]))
+    more = len(own) and len(others) and counts[0] / len(own) > counts[1] / len(others)
+    return Finding(
+        f"{arm} diverges, {baseline} does not",
+        FISHER,
+        len(own) + len(others),
+        100.0 * counts[0] / len(own) if own else math.nan,
+        math.nan,
+        math.nan,
+        "holds" if p <= ALPHA and more else "undecided" if more or len(own) < 8 else "does not hold",
+        unit="%",
+        p={"two-sided": p},
+        note=f"{counts[0]} of {len(own)} runs against {counts[1]} of {len(others)}",
+    )
+
+
+def identity(what: str, error: float, tolerance: float, *, n: int) -> Finding:
+    """Whether a formula holds to rounding: the largest error over n cases."""
+    word: Word = "holds" if error <= tolerance else "does not hold"
+    return Finding(what, IDENTITY, n, error, math.nan, math.nan, word, unit="", note=f"at most {tolerance:.0e}")
+
+
+def verdict(
+    claim: str,
+    findings: Sequence[Finding],
+    *,
+    holds: Sequence[Word],
+    fails: Sequence[Word],
+    sentence: str = "",
+) -> Verdict:
+    """A verdict from the first finding; the others are told with it.
+
+    Args:
+        holds: words of the first finding with which the claim holds.
+        fails: words with which it does not. With any other it is open.
+        sentence: what is said further.
+    """
+    first = findings[0]
+    outcome = True if first.word in holds else False if first.word in fails else None
+    return Verdict(claim, first.word, outcome, f"{describe(first)}{' ' if sentence else ''}{sentence}", tuple(findings))
+
+
+def together(
+    claim: str, findings: Sequence[Finding], *, words: Sequence[Word] | None = None, sentence: str = ""
+) -> Verdict:
+    """A verdict that holds where every word is "holds", and does not where any is "does not hold".
+
+    Args:
+        words: what decides, of the first findings; those of all findings unless given.
+        sentence: what is said further.
+    """
+    words = [finding.word for finding in findings] if words is None else words
+    word: Word = "holds" if all(each == "holds" for each in words) else "undecided"
+    if "does not hold" in words:
+        word = "does not hold"
+    outcome = {"holds": True, "does not hold": False}.get(word)
+    told = " ".join(describe(finding) for finding in findings[: len(words)])
+    return Verdict(claim, word, outcome, f"{told}{' ' if sentence else ''}{sentence}", tuple(findings))
+
+
+def is_worse(finding: Finding) -> Word:
+    """Whether a comparison says that the arm is worse at all, by however little: its whole interval is below 0."""
+    if finding.high < 0:
+        return "holds"
+    return "does not hold" if finding.word in AS_GOOD else "undecided"
+
+
+def is_as_good(finding: Finding) -> Word:
+    """Whether a comparison says that the arm loses no more than the margin."""
+    return "holds" if finding.word in WITHIN else "does not hold" if finding.word in WORSE else "undecided"
+
+
+def describe(finding: Finding) -> str:
+    """A finding as a sentence."""
+    if finding.test == PAIRED_T:
+        arm, _, baseline = finding.what.partition(" less ")
+        text = f"{arm} and {baseline} {_SENTENCES[finding.word]} {finding.margin:g} points"
+        numbers = f"{_signed(finding.estimate)} ({_interval(finding)}), {finding.n} pairs of seeds"
+        note = f"; {finding.note}" if finding.note else ""
+        return f"{_capital(text)}: {numbers}{note}."
+    if finding.test == FIELLER:
+        return f"{finding.what} is {finding.estimate:.2f} ({_interval(finding)}), {finding.n} pairs of seeds."
+    if finding.test == UNION:
+        p = ", ".join(f"{name} p = {value:.2g}" for name, value in finding.p.items())
+        return f"{_capital(finding.what)}? {_capital(finding.word)}: {finding.note}; {p}."
+    if finding.test == FISHER:
+        return f"{_capital(finding.what)}? {_capital(finding.word)}: {finding.note}, p = {finding.p['two-sided']:.2g}."
+    if finding.test == IDENTITY:
+        return f"{_capital(finding.what)}: {finding.word}, largest error {finding.estimate:.1e} ({finding.note})."
+    interval = f" ({_interval(finding)})" if finding.low < finding.high else ""
+    return f"{_capital(finding.what)}: {finding.estimate:.3g}{interval}."
+
+
+def paired(evidence: Evidence, *arms: str, window: Window = LAST_QUARTER) -> list[list[float]]:
+    """The accuracies of several arms, of the seeds that all of them have, in the order of the seeds."""
+    found = [evidence.accuracy(arm, window) for arm in arms]
+    seeds = sorted(set.intersection(*(set(values) for values in found)))
+    return [[values[seed] for seed in seeds] for values in found]
+
+
+def _interval(finding: Finding) -> str:
+    if math.isnan(finding.low):
+        return "no interval"
+    if math.isinf(finding.low):
+        return "unbounded interval"
+    sign = "" if finding.margin is None else "+"  # of differences
+    return f"{finding.low:{sign}.2f} to {finding.high:{sign}.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _part(window: Window) -> str:
+    return f"{100 * window[0]:g} to {100 * window[1]:g}%"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

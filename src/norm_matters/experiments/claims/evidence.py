@@ -1,0 +1,207 @@
+"""From run folders to evidence, and from evidence to the files that are kept: verdict.json, runs.csv, tables."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from norm_matters.core.errors import UserError
+from norm_matters.experiments.claims.planning import ExperimentPlan, Member, has_diverged
+from norm_matters.experiments.claims.recipe import LAST_QUARTER, Evidence, RunRecord, Table, Verdict, window_accuracy
+from norm_matters.experiments.standing import is_done, read_rows
+from norm_matters.experiments.summary import table_csv
+from norm_matters.record.files import make_folder, write_file
+
+VERDICT_FILE = "verdict.json"
+RUNS_FILE = "runs.csv"
+_FORMAT = 1
+_COLUMNS = ("epoch", "train_loss", "val_loss", "train_error1", "val_error1", "lr", "seconds")
+
+
+def gather(plan: ExperimentPlan, tables: Iterable[Table] = (), products: Sequence[float] = ()) -> Evidence:
+    """What the runs of a plan have left.
+
+    Args:
+        tables: that were computed.
+        products: see `Evidence`.
+    """
+    runs: dict[str, dict[int, RunRecord]] = {arm.name: {} for arm in plan.arms}
+    for member in plan.comparing(plan.chosen()):
+        runs[member.arm][member.seed] = _record_of(plan, member)
+    found = {table.name: table for table in tables}
+    if choices := _choices(plan):
+        found[choices.name] = choices
+    return Evidence(plan.recipe, plan.scale, runs, found, tuple(products))
+
+
+def with_looks(evidence: Evidence) -> Evidence:
+    """The evidence with the tables that the recipe makes from it, as far as there are runs."""
+    look = evidence.recipe.look
+    if look is None or not any(run.rows for runs in evidence.runs.values() for run in runs.values()):
+        return evidence
+    further = {table.name: table for table in look(evidence) if table.rows}
+    return Evidence(evidence.recipe, evidence.scale, evidence.runs, {**evidence.tables, **further}, evidence.products)
+
+
+def judge(evidence: Evidence) -> list[Verdict]:
+    """The verdict of each claim."""
+    return [claim.judge(evidence) for claim in evidence.recipe.claims]
+
+
+def write_verdicts(
+    plan: ExperimentPlan, evidence: Evidence, verdicts: Sequence[Verdict], provenance: Mapping[str, Any]
+) -> None:
+    """Write `CLAIM/verdict.json` for each claim, runs.csv and the tables into the plan's folder.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    make_folder(plan.folder)
+    for claim, verdict in zip(plan.recipe.claims, verdicts, strict=True):
+        seeds = [set(evidence.accuracy(arm)) for arm in claim.arms]
+        document = {
+            "format": _FORMAT,
+            "experiment": plan.recipe.id,
+            "question": plan.recipe.question,
+            "claim": claim.id,
+            "statement": claim.statement,
+            "paper": claim.paper,
+            "rule": claim.rule,
+            "verdict": verdict.word,
+            "holds": verdict.holds,
+            "sentence": verdict.sentence,
+            "statistics": [asdict(finding) for finding in verdict.findings],
+            "seeds": sorted(set.intersection(*seeds)) if seeds else [],
+            "scale": plan.scale,
+            "provenance": provenance,
+        }
+        make_folder(plan.folder / claim.id)
+        text = json.dumps(_plain(document), indent=1, ensure_ascii=False, allow_nan=False)
+        write_file(plan.folder / claim.id / VERDICT_FILE, text + "\n")
+    if rows := run_rows(evidence):
+        write_file(plan.folder / RUNS_FILE, table_csv(rows))
+    for table in evidence.tables.values():
+        write_file(plan.folder / f"{table.name}.csv", table_csv(table.rows))
+
+
+def run_rows(evidence: Evidence) -> list[dict[str, Any]]:
+    """The rows of runs.csv: every epoch of every run."""
+    return [
+        {"arm": arm, "seed": seed, "state": run.state, **{column: row.get(column) for column in _COLUMNS}}
+        for arm, runs in evidence.runs.items()
+        for seed, run in runs.items()
+        for row in run.rows
+    ]
+
+
+def provenance_of(plan: ExperimentPlan, command: Sequence[str]) -> dict[str, Any]:
+    """What the verdicts depend on: this package and machine, and those of the runs, each kind once."""
+    from norm_matters.record.provenance import collect_provenance
+
+    facts = collect_provenance(command)
+    kinds: dict[str, dict[str, Any]] = {}
+    for member in plan.comparing(plan.chosen()):
+        kind = _kind_of(plan.runs / member.cell.name)
+        if kind is not None:
+            counted = kinds.setdefault(json.dumps(kind, sort_keys=True), {"runs": 0, **kind})
+            counted["runs"] += 1
+    keys = ("command", "started", "package", "versions", "machine")
+    return {**{key: facts.get(key) for key in keys}, "runs": list(kinds.values())}
+
+
+def read_verdicts(output: Path) -> list[dict[str, Any]]:
+    """All the verdicts below a folder of experiments, in the order of their paths.
+
+    Raises:
+        UserError: a file is no verdict.
+    """
+    found = []
+    for path in sorted(output.glob(f"*/*/{VERDICT_FILE}")):
+        try:
+            document = json.loads(path.read_bytes())
+            if document["format"] != _FORMAT:
+                raise UserError(f"{path} is of format {document['format']!r}; this norm-matters reads {_FORMAT}")
+            missing = {"experiment", "claim", "verdict", "sentence", "scale", "statistics"} - set(document)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: no verdict: {error}") from None
+        if missing:
+            raise UserError(f"{path}: no verdict: it has no {', '.join(sorted(missing))}")
+        found.append(document)
+    return found
+
+
+def publish(plan: ExperimentPlan, target: Path) -> Path:
+    """Copy the verdicts and tables of an experiment, without the runs, to a folder such as `results/claims`.
+
+    Returns:
+        the folder that holds them now.
+    """
+    folder = target / plan.name
+    make_folder(folder)
+    for path in sorted(plan.folder.rglob("*")):
+        if path.suffix in (".csv", ".json") and path.is_file():
+            make_folder((folder / path.relative_to(plan.folder)).parent)
+            write_file(folder / path.relative_to(plan.folder), path.read_bytes())
+    return folder
+
+
+def _record_of(plan: ExperimentPlan, member: Member) -> RunRecord:
+    folder = plan.runs / member.cell.name
+    rows = read_rows(folder)
+    if is_done(folder, member.cell.epochs):
+        accuracy = window_accuracy(rows, LAST_QUARTER)
+        state = "done" if accuracy >= plan.recipe.diverged else "diverged"  # NaN is below everything
+    elif has_diverged(folder):
+        state = "diverged"
+    else:
+        state = "missing"
+    return RunRecord(member.arm, member.seed, folder, state, rows)
+
+
+def _choices(plan: ExperimentPlan) -> Table | None:
+    """The runs by which arms have chosen a setting."""
+    choice = plan.size.choice
+    if choice is None:
+        return None
+    chosen = plan.chosen()
+    rows = [
+        {
+            "arm": member.arm,
+            choice.key: member.candidate,
+            "seed": member.seed,
+            "accuracy": accuracy,
+            "chosen": int(chosen.get(member.arm) == member.candidate),
+        }
+        for member in plan.choosing()
+        if (accuracy := plan.candidate_accuracy(member)) is not None
+    ]
+    note = (
+        f"Accuracy (%) over the last quarter on {100 * choice.holdout:g}% of the training images, held back; 0: "
+        f"diverged. "
+        "The best is what the arm is compared with."
+    )
+    return Table("choices", f"The choice of {choice.key}", rows, note) if rows else None
+
+
+def _kind_of(folder: Path) -> dict[str, Any] | None:
+    """Package, versions and machine of a run; None where there is none."""
+    try:
+        facts = json.loads((folder / "provenance.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(facts, dict):
+        return None
+    return {key: facts.get(key) for key in ("package", "versions", "machine")}
+
+
+def _plain(value: Any) -> Any:
+    """The value without numbers that JSON has not: NaN is null, infinity a text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,152 @@
+"""`reproduce`: what it lists, says first, refuses, trains, and leaves."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import norm_matters as nm
+from norm_matters.cli import main
+from norm_matters.experiments.claims import RECIPES
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--scale", "smoke", "--seeds", "2", "--device", "cpu"]
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def docs_script() -> ModuleType:
+    """docs/paper.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("docs_paper", ROOT / "docs" / "paper.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == RECIPES.names()
+    assert main(["reproduce", "list", "--json"]) == 0
+    assert [each["id"] for each in json.loads(capsys.readouterr().out)] == RECIPES.names()
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--help"]) == 0
+    text = capsys.readouterr().out
+    for words in ("ID|list|all", "--scale smoke|small|paper", "--seeds", "--arms", "--pilot", "--publish", "--dry-run"):
+        assert words in text, words
+
+
+def test_completion_knows_the_experiments() -> None:
+    from norm_matters.cli_reproduce import _ids
+
+    assert _ids() == ["list", "all", *RECIPES.names()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["wdd"], "unknown experiment 'wdd'; did you mean 'wd'?"),
+        (["lp", "--scale", "smal"], "--scale: lp has no 'smal'; did you mean 'small'?"),
+        (["lp", "--arms", "l2,l3"], "--arms: lp has no 'l3'"),
+        (["lp", "--seeds", "x"], "--seeds: value 'x' is not valid"),
+        (["lp", "--seeds", "1"], "--seeds: value 1 is not valid"),
+        (["all", "--scale", "big"], "--scale: value 'big' is not valid; it takes smoke, small, paper"),
+        (["all", "--arms", "l2"], "--arms: experiments have arms of their own"),
+        (["lp", "--executor", "locl"], "--executor: value 'locl' is not valid"),
+        (["lp", "--device", "gpu"], "device: value 'gpu' is not valid"),
+        (["lp", "--dataset", "cifar11"], "cifar11"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", *arguments, "--output", str(tmp_path / "out")]) == 2
+    (line,) = errors(capsys)
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_images_are_told_with_the_option_that_names_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", "lp", "--data-dir", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    (line,) = errors(capsys)
+    assert line.startswith("error: lp small: ")
+    assert line.endswith("name the images with --dataset (such as parquet:FOLDER) or --data-dir")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_experiment_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output", str(tmp_path / "out"), "--publish", str(tmp_path / "results")]
+    assert main(["reproduce", "l1-l2", *TINY, *output]) == 0
+    first = capsys.readouterr().out
+    assert "2 seeds of each arm; no pilot has been run" in first
+    assert "4 runs, 4 to train" in first
+    assert "Q-L1: " in first
+    folder = tmp_path / "out" / "l1-l2-smoke"
+    verdict = json.loads((folder / "Q-L1" / "verdict.json").read_text())
+    assert verdict["seeds"] == [0, 1]
+    assert verdict["provenance"]["command"][:3] == ["norm-matters", "reproduce", "l1-l2"]
+    assert [kind["runs"] for kind in verdict["provenance"]["runs"]] == [4]
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert (tmp_path / "results" / "l1-l2-smoke" / "runs.csv").read_text() == (folder / "runs.csv").read_text()
+    runs = tmp_path / "out" / "runs" / "l1-l2-smoke"
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/results.csv")}
+    assert len(before) == 4
+    # Again: nothing is trained, and Python says the same.
+    assert main(["reproduce", "l1-l2", *TINY, *output, "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert (told["claim"], told["verdict"]) == ("Q-L1", verdict["verdict"])
+    result = nm.reproduce("l1-l2", scale="smoke", seeds=2, output=tmp_path / "out", device="cpu")
+    assert result.verdicts[0].sentence == verdict["sentence"]
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/results.csv")} == before
+
+
+def test_a_pilot_decides_how_many_seeds_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "l1-l2-smoke"
+    folder.mkdir()
+    (folder / "pilot.json").write_text('{"sd": 0.1, "n": 3, "arm": "l1", "seeds": 8}')
+    assert (
+        main(["reproduce", "l1-l2", "--scale", "smoke", "--dry-run", "--executor", "slurm", "--output", str(tmp_path)])
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "8 seeds of each arm; a pilot of 3 pairs has shown an SD of 0.1 points, which asks for 8 seeds" in text
+    assert "16 runs, 16 to train" in text
+    (folder / "pilot.json").write_text("{}")
+    assert main(["reproduce", "l1-l2", "--scale", "smoke", "--dry-run", "--output", str(tmp_path)]) == 2
+    assert "pilot.json: no pilot's result" in errors(capsys)[0]
+
+
+def test_identities_hold_to_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "invariance", "--scale", "smoke", "--output", str(tmp_path), "--json"]) == 0
+    found = {each["claim"]: each for each in json.loads(capsys.readouterr().out)}
+    assert {each["verdict"] for each in found.values()} == {"holds"}
+    for claim in ("ID-SCALE", "ID-STEP", "ID-CORRECTION", "ID-MOMENTUM"):
+        (row,) = json.loads((tmp_path / "invariance-smoke" / claim / "verdict.json").read_text())["statistics"]
+        assert row["estimate"] < 1e-10
+
+
+def test_the_page_of_docs_is_what_its_script_writes() -> None:
+    assert (ROOT / "docs" / "paper.md").read_text() == docs_script().text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_at_smoke_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "all", "--scale", "smoke", "--output", str(tmp_path), "--json"]) == 0
+    found = {(each["experiment"], each["claim"]) for each in json.loads(capsys.readouterr().out)}
+    wanted = {(name, claim.id) for name in RECIPES.names() for claim in RECIPES.get(name).claims}
+    assert found == wanted
+    assert len(list(tmp_path.glob("*/*/verdict.json"))) == len(wanted)
+    for name in RECIPES.names():
+        assert (tmp_path / f"{name}-smoke.html").stat().st_size > 5000
+        assert f'href="{name}-smoke.html"' in (tmp_path / "index.html").read_text()
