@@ -110,6 +110,7 @@ def test_an_experiment_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/results.csv")} == before
 
 
+@pytest.mark.slow
 def test_a_pilot_decides_how_many_seeds_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "l1-l2-smoke"
     folder.mkdir()

@@ -97,6 +97,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_resumed_equals_undisturbed_to_the_bit(folder, undisturbed, command, workers: int) -> None:
     run = folder / f"killed-{workers}"

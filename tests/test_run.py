@@ -58,6 +58,7 @@ def test_another_seed_gives_other_weights(finished: RunResult, tmp_path: Path) -
     assert not same(weights(run(tmp_path, "model.norm=l1", "seed=1").folder), weights(finished.folder))
 
 
+@pytest.mark.slow
 def test_workers_and_the_display_do_not_change_the_result(image_folder: Path, tmp_path: Path) -> None:
     events = []
     images = [f"data.name=imagefolder:{image_folder}", "data.input_size=16", "model.norm=l1"]
@@ -142,7 +143,7 @@ def test_ctrl_c_leaves_a_record_that_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "precision",
-    ["fp32", "amp-bf16", *[pytest.param(p, marks=pytest.mark.slow) for p in ("bf16", "amp-fp16", "fp16")]],
+    ["fp32", *[pytest.param(p, marks=pytest.mark.slow) for p in ("amp-bf16", "bf16", "amp-fp16", "fp16")]],
 )
 def test_every_precision_learns_the_digits(tmp_path: Path, precision: str) -> None:
     result = run(tmp_path, "model.norm=l1", f"train.precision={precision}", "train.epochs=14")

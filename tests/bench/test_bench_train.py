@@ -98,6 +98,7 @@ def test_what_cannot_be_compiled_is_an_answer_and_what_else_fails_an_error(monke
         answers_to(case, {"arm": {**arm, "compiled": False}, "times": 1})
 
 
+@pytest.mark.slow
 def test_both_processes_measure_and_the_rows_agree_with_each_other(tmp_path) -> None:
     arms = [Arm("ours", "kept"), Arm("plain", "kept"), Arm("plain", "returned", "contiguous")]
     rows, notes = measure_train(SMALL, arms, repeats=3, warm_up=0)

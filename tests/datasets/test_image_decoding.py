@@ -251,8 +251,9 @@ def test_training_on_a_drafted_photo_shows_nearly_the_same(seed):
         return training_pixels(read, plan, seed=seed, epoch=0, index=0).numpy().astype(float)
 
     whole, drafted = crop(False), crop(True)
-    # In levels of 255; the part is moved by up to half a pixel of the reduced image, and may be stretched by one.
+    # In levels of 255; the part is moved by up to half a pixel of the reduced image, and may be stretched by one. The
+    # largest mean of 400 seeds was 1.2: a small part of the photo on a slope of brightness.
     assert np.abs(whole - drafted).mean() < 12
-    assert abs((whole - drafted).mean()) < 1
+    assert abs((whole - drafted).mean()) < 2
     assert np.corrcoef(whole.ravel(), drafted.ravel())[0, 1] > 0.96
     assert np.array_equal(drafted, crop(True))

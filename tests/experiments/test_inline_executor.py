@@ -63,6 +63,7 @@ def test_a_sweep_within_its_process(tmp_path: Path, capfd: pytest.CaptureFixture
     assert log.read_text().count(": norm-matters train ") == 1  # done runs are left alone
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sweep({**SETTINGS, "norm": "l1"}, output=tmp_path / "whole", executor="inline")
     train = run_module.train

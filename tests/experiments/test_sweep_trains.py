@@ -49,6 +49,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_one_run_is_trained_by_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["sweep", "norm=l1", "--epochs", "1", "--batch-size=256", "--device=cpu", "--output", str(tmp_path)]
     assert main(arguments) == 0

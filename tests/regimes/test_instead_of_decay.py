@@ -446,7 +446,7 @@ def test_channels_last_weights_of_every_kind_of_layer_are_moved() -> None:
 
 def test_parameters_are_parted_into_those_with_and_those_without() -> None:
     module = network()
-    regime = Regime(phases({"instead_of_decay": {"form": "exponential-lr", "decay": 0.1}, "momentum": 0.9}))
+    regime = Regime(phases({"instead_of_decay": {"form": "exponential-lr", "decay": 0.02}, "momentum": 0.9}))
     optimizer = RegimeOptimizer(module, regime, clock=CLOCK)
     optimizer.prepare(CLOCK)
     found = {tuple(p.shape for p in group["params"]): group for group in optimizer.optimizer.param_groups}
@@ -454,7 +454,7 @@ def test_parameters_are_parted_into_those_with_and_those_without() -> None:
         ((6, 3, 3, 3), (8, 6, 3, 3)): (True, 0.0),
         ((4, 8), (4,)): (False, LAST),
     }
-    only = Regime(phases({"instead_of_decay": {"form": "exponential-lr", "decay": 0.1, "layers": "^3$"}}))
+    only = Regime(phases({"instead_of_decay": {"form": "exponential-lr", "decay": 0.02, "layers": "^3$"}}))
     optimizer = RegimeOptimizer(module, only, clock=CLOCK)
     optimizer.prepare(CLOCK)
     sizes = [(len(group["params"]), group["lr"] > 0.1) for group in optimizer.optimizer.param_groups]

@@ -146,6 +146,7 @@ def test_a_logarithmic_panel_leaves_out_what_it_cannot_show() -> None:
     np.testing.assert_array_equal(source_of(linear).data["value"], [1, 0])
 
 
+@pytest.mark.slow
 def test_a_long_run_of_a_deep_network_makes_a_page_of_bounded_size(make_run, add_measurements) -> None:
     sizes = {}
     for name, layers, epochs in (("small", 2, 2), ("resnet50", 54, 90), ("huge", 160, 150)):

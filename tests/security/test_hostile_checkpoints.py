@@ -272,6 +272,7 @@ def test_links_that_lead_out_of_the_run(target: str, stolen: Path, capsys: pytes
     assert (stolen / "checkpoints" / "last").resolve().parent == stolen / "checkpoints"
 
 
+@pytest.mark.slow
 def test_bombs_stay_within_a_gigabyte(forge: Forge, stolen: Path) -> None:
     """Of address space beyond what the process has: loading whole what they promise would take terabytes."""
     folder = (stolen / "checkpoints" / "last").resolve()

@@ -19,6 +19,7 @@ from norm_matters.engine.precision import PRECISIONS
 from norm_matters.engine.state import TrainingState
 from norm_matters.engine.step import StepOptions, train_step
 from norm_matters.models import build_model, create_model
+from norm_matters.models.trust import trust_file
 from norm_matters.norms import norms_of, spec_of
 from norm_matters.record import find_checkpoint, load_checkpoint
 from norm_matters.regimes import build_regime
@@ -71,6 +72,7 @@ def test_a_users_network_is_wrapped_and_its_faults_are_told(tmp_path):
         "    if zero: nn.init.zeros_(net[0].weight)\n"
         "    return net\n"
     )
+    trust_file(file, lasting=False)
     built = build(str(file), norm="mean", weight_norm="bounded")
     assert (built.converted, built.weight_norms) == (1, 1)
     assert [spec_of(norm) for _, norm in norms_of(built.module)] == ["mean"]

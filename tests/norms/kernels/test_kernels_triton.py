@@ -297,6 +297,7 @@ def compiled(shape: tuple[int, ...], kinds: Iterable[str], form: str, layouts: I
     return int(work("compile", text=json.dumps(cases)))
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
     """The interpreter lets through what the compiler refuses."""
     assert compiled((64, 64, 56, 56), ["l1"], "relu", ["contiguous"], "bfloat16") == 8
