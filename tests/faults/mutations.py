@@ -149,30 +149,6 @@ def remove_folder(path: str) -> None:
     loop.train_step = train_step
 
 
-def keep_later_rows() -> None:
-    """A resumed run does not bring its table back to the checkpoint."""
-    from norm_matters import run
-
-    _replace(run, "trim_table", lambda *arguments: None)
-
-
-def remove_before_saving() -> None:
-    """The old checkpoints are removed before the new one is there."""
-    import shutil
-
-    from norm_matters import run
-
-    save = run.save_checkpoint
-
-    def save_checkpoint(folder: Path, **options: Any) -> Any:
-        for old in (folder / "checkpoints").glob("step-*"):
-            shutil.rmtree(old)
-        time.sleep(0.02)
-        return save(folder, **options)
-
-    run.save_checkpoint = save_checkpoint
-
-
 def die_at(n: str) -> None:
     """The process is killed before its n-th call that touches the disk, of those in `record.files`."""
     from norm_matters.record import files
@@ -216,10 +192,8 @@ MUTATIONS: dict[str, Callable[..., None]] = {
         forget_momentum,
         draw_pages,
         fill_the_disk,
-        keep_later_rows,
         remove_folder,
         turn_the_clock_back,
-        remove_before_saving,
         spoil,
         die_at,
     )

@@ -15,8 +15,6 @@ NOTICED = {
     "write-in-place": "a reader met",
     "forget-random-streams": "at the end: other weights",
     "forget-momentum": "at the end: other weights",
-    "keep-later-rows": "table",
-    "remove-before-saving": "no checkpoint is left",
 }
 
 
@@ -96,8 +94,6 @@ def test_a_kill_before_each_call_that_touches_the_disk(zygote, tmp_path: Path) -
         "forget-random-streams",
         pytest.param("write-in-place", marks=pytest.mark.slow),
         pytest.param("forget-momentum", marks=pytest.mark.slow),
-        pytest.param("keep-later-rows", marks=pytest.mark.slow),
-        pytest.param("remove-before-saving", marks=pytest.mark.slow),
     ],
 )
 def test_the_harness_is_not_blind(mutation: str, zygote, tmp_path: Path) -> None:
