@@ -177,6 +177,11 @@ def setting(option: str, text: str) -> tuple[str, Any]:
 
 
 def number(option: str, text: str, least: int = 1) -> int:
+    """The whole number that an option was given as text.
+
+    Raises:
+        UserError: it is none, or below `least`.
+    """
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"{option}: value '{text}' is not valid; it takes a whole number from {least}")
     return int(text)

@@ -373,6 +373,12 @@ def _identity(value: Any) -> Any:
 
 
 def start_worker(worker: int, *, ignored: Iterable[int] = (signal.SIGINT,)) -> None:
+    """Make a new process ready to read images.
+
+    Args:
+        worker: its number.
+        ignored: signals that it leaves to the run.
+    """
     # Where a server process starts the workers, they do not inherit the blocked signals.
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
