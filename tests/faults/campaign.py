@@ -143,11 +143,14 @@ class _Killed:
                 self.watch.problems.append("it makes no headway")
 
 
-def each_call(folder: str, *, more: Sequence[str] = (), epochs: int = 1, every: int = 1) -> dict[str, Any]:
+def each_call(
+    folder: str, *, more: Sequence[str] = (), epochs: int = 1, every: int = 1, mutation: str | None = None
+) -> dict[str, Any]:
     """Kill a run before each call that touches the disk, until one comes to its end; resume it; compare.
 
     Args:
         every: of how many calls one is taken.
+        mutation: what is broken in the runs that are killed, not in the one that is not.
 
     Returns:
         `kills`, `problems`, `seconds`.
@@ -159,7 +162,8 @@ def each_call(folder: str, *, more: Sequence[str] = (), epochs: int = 1, every: 
     expected = fingerprint(whole.run)
     problems, kills, n = list[str](), 0, 1
     while True:
-        killed = _Killed(place, f"call-{n}", ranks=1, more=more, epochs=epochs, mutation=f"die-at:{n}")
+        killed = _Killed(place, f"call-{n}", ranks=1, more=more, epochs=epochs)
+        killed.mutation = ",".join(filter(None, [mutation, f"die-at:{n}"]))
         children = killed.start()
         wait(children, LONGEST)
         if children[0].status == 0:
@@ -168,15 +172,22 @@ def each_call(folder: str, *, more: Sequence[str] = (), epochs: int = 1, every: 
             problems.append(f"call {n}: status {children[0].status} instead of a kill")
         kills += 1
         killed.watch.after_a_kill()
-        killed.mutation = None
-        killed.undisturbed()
-        killed.watch.at_the_end()
-        different = [name for name, value in fingerprint(killed.run).items() if expected[name] != value]
-        problems += [f"call {n}: {problem}" for problem in killed.watch.problems]
-        problems += [f"call {n}: other {', '.join(different)}"] if different else []
+        killed.mutation = mutation
+        problems += [f"call {n}: {problem}" for problem in _resumed(killed, expected)]
         shutil.rmtree(killed.run.parent)
         n += every
     return {"kills": kills, "problems": problems, "seconds": time.monotonic() - begun}
+
+
+def _resumed(killed: _Killed, expected: dict[str, str]) -> list[str]:
+    """Resume a killed run to its end; what is wrong then."""
+    try:
+        killed.undisturbed()
+    except AssertionError as error:
+        return [*killed.watch.problems, f"it did not come to its end: {error}"]
+    killed.watch.at_the_end()
+    different = [name for name, value in fingerprint(killed.run).items() if expected[name] != value]
+    return killed.watch.problems + ([f"other {', '.join(different)}"] if different else [])
 
 
 def _point(pointer: Path, run: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 PRIMITIVES = ("open", "write", "fsync", "replace", "rename", "mkdir", "makedirs", "symlink", "link", "unlink", "rmdir")
 
 
-def mutate(name: str) -> None:
-    """Break something, for the rest of this process; `NAME` or `NAME:ARGUMENT`."""
-    name, _, argument = name.partition(":")
-    MUTATIONS[name](*filter(None, [argument]))
+def mutate(names: str) -> None:
+    """Break something, for the rest of this process; `NAME` or `NAME:ARGUMENT`, several with commas between."""
+    for entry in names.split(","):
+        name, _, argument = entry.partition(":")
+        MUTATIONS[name](*filter(None, [argument]))
 
 
 def save_in_place() -> None:
@@ -149,6 +150,29 @@ def remove_folder(path: str) -> None:
     loop.train_step = train_step
 
 
+def keep_later_rows() -> None:
+    """A resumed run does not bring its table back to the checkpoint."""
+    from norm_matters import resuming
+
+    _replace(resuming, "trim_table", lambda *arguments: None)
+
+
+def remove_before_saving() -> None:
+    """The old checkpoints are removed before the new one is there."""
+    import shutil
+
+    from norm_matters import recording
+
+    save = recording.save_checkpoint
+
+    def save_checkpoint(folder: Path, **options: Any) -> Any:
+        for old in (folder / "checkpoints").glob("step-*"):
+            shutil.rmtree(old)
+        return save(folder, **options)
+
+    recording.save_checkpoint = save_checkpoint
+
+
 def die_at(n: str) -> None:
     """The process is killed before its n-th call that touches the disk, of those in `record.files`."""
     from norm_matters.record import files
@@ -192,6 +216,8 @@ MUTATIONS: dict[str, Callable[..., None]] = {
         forget_momentum,
         draw_pages,
         fill_the_disk,
+        keep_later_rows,
+        remove_before_saving,
         remove_folder,
         turn_the_clock_back,
         spoil,

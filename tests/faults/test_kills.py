@@ -102,3 +102,14 @@ def test_the_harness_is_not_blind(mutation: str, zygote, tmp_path: Path) -> None
         "kills", folder=tmp_path, count=5, seed=6, mutation=mutation, part=(0.3, 0.9), more=[EVERY_THREE_STEPS]
     )
     assert [problem for problem in found["problems"] if NOTICED[mutation] in problem]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mutation", "noticed"),
+    [("keep-later-rows", "other table"), ("remove-before-saving", "no checkpoint of")],
+)
+def test_kills_before_calls_are_not_blind(mutation: str, noticed: str, zygote, tmp_path: Path) -> None:
+    """Random kills rarely come in the moment between a row and its checkpoint; these come there every time."""
+    found = zygote.ask("each_call", folder=tmp_path, every=7, mutation=mutation, more=[EVERY_THREE_STEPS])
+    assert [problem for problem in found["problems"] if noticed in problem]
