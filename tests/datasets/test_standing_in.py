@@ -107,6 +107,23 @@ def test_others_of_the_class_stand_in_and_the_rest_is_as_without(folder: Path, w
         assert BAD[str(Path(name).relative_to(folder))][1] in reason
 
 
+def test_who_stands_in_is_treated_as_the_one_it_stands_in_for(tmp_path: Path) -> None:
+    """Where all images of a class are alike, nothing tells who has stood in: crop and flip are those of the place."""
+    roots = [make(tmp_path / name, bad=False) for name in ("some", "all")]
+    for root in roots:
+        for label in "abc":
+            content = (root / "train" / label / "7.png").read_bytes()
+            for path in (root / "train" / label).iterdir():
+                path.write_bytes(content)
+    (roots[0] / "train" / "a" / "1.png").write_bytes(HTML)
+    (roots[0] / "train" / "c" / "0.png").write_bytes(b"")
+    mended = loader(roots[0], "skip:2")
+    for number in (0, 1):
+        for one, other in zip(epoch(mended, number), epoch(loader(roots[1]), number), strict=True):
+            assert np.array_equal(one, other)
+    assert len(mended.unreadable) == 2
+
+
 def test_workers_and_ranks_change_nothing(folder: Path) -> None:
     alone = [epoch(loader(folder, "skip:4"), number) for number in (0, 1)]
     with_workers = [epoch(loader(folder, "skip:4", workers=2), number) for number in (0, 1)]

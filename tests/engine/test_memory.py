@@ -70,13 +70,16 @@ def has_memory_for(module: nn.Module, images: int, *, backward: bool = False) ->
 
 
 @pytest.mark.parametrize("norm", ["group:groups=2", "instance", "none", "frozen"])
-@pytest.mark.parametrize(("limit", "accumulate", "pieces"), [(8, 1, 2), (5, 1, 4), (3, 2, 4), (1, 1, 16)])
+@pytest.mark.parametrize(
+    ("images", "limit", "accumulate", "pieces"),
+    [(16, 8, 1, 2), (16, 5, 1, 4), (16, 3, 2, 4), (16, 1, 1, 16), (15, 8, 1, 2), (13, 5, 1, 4), (15, 3, 2, 4)],
+)
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_step_in_pieces_is_the_step(norm, limit, accumulate, pieces, backward):
+def test_the_step_in_pieces_is_the_step(norm, images, limit, accumulate, pieces, backward):
     whole, small = state_of(network(norm)), state_of(network(norm))
     has_memory_for(small.module, limit, backward=backward)
     for number in range(2):
-        expected, found = (step(state, accumulate=accumulate).scores() for state in (whole, small))
+        expected, found = (step(state, images, accumulate=accumulate).scores() for state in (whole, small))
         assert (found.images, found.error1) == (expected.images, expected.error1), number
         assert found.loss == pytest.approx(expected.loss, rel=1e-12)
     assert small.pieces == pieces
