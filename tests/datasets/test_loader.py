@@ -227,6 +227,34 @@ def test_ctrl_c_and_what_asks_a_run_to_stop_leave_workers_alone(monkeypatch):
     assert all(not Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_who_is_asked_to_stop_waits_for_no_batch(workers):
+    """Nobody waits for a slow disk until the scheduler kills the run; one image here takes a minute."""
+    with stopping.listening(*stopping.PREEMPTING):
+        loader = Loader(Trouble(5, "hang"), PLAN, batch_size=4, train=True, seed=0, workers=workers)
+        begun = time.monotonic()
+        batches = loader.epoch(0)
+        if workers:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            next(batches)
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            with pytest.raises(stopping.StopRequestedError):
+                list(batches)
+            assert time.monotonic() - begun < 30
+            assert worker_pids(loader) == []
+        finally:
+            loader.close()
+
+
+def test_a_rank_that_is_asked_to_stop_gives_the_others_their_share_of_the_step():
+    with stopping.listening(*stopping.PREEMPTING):
+        os.kill(os.getpid(), signal.SIGTERM)
+        loader = Loader(resident(40), PLAN, batch_size=10, train=True, seed=0, world=2, transform=to_pixels)
+        assert len(list(loader.epoch(0))) == 4
+
+
 @pytest.mark.parametrize(("kind", "words"), [("SIGKILL", "was killed by SIGKILL"), ("SIGSTOP", "timed out")])
 def test_a_worker_that_dies_or_hangs_is_a_clear_error(monkeypatch, kind, words):
     monkeypatch.setattr("norm_matters.datasets.reading.WORKER_TIMEOUT", 2)
