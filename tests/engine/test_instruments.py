@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 from norm_matters.core.clock import Clock
 from norm_matters.core.config import RegimeConfig
 from norm_matters.engine.instruments.collect import Instruments
-from norm_matters.engine.instruments.norms import input_range
+from norm_matters.engine.instruments.norms import NormInputs, input_range
 from norm_matters.engine.instruments.tracked import channel_rows, tracked_weights
 from norm_matters.engine.metrics import Meter
 from norm_matters.engine.state import TrainingState
@@ -294,3 +294,24 @@ def test_a_network_without_weights_or_norms_is_measured_too() -> None:
 
     state = state_of(Bias())
     assert epoch(state, Instruments(state, level="all")) == {}
+
+
+def test_what_norms_were_given_before_a_run_was_left_still_counts() -> None:
+    """The largest values came before, so nothing else would tell that they have been forgotten."""
+    module = nn.Sequential(create_norm("l2", 4), create_norm("layer", 4))
+    batches = [torch.randn(6, 4, 5, 5) * scale for scale in (1e5, 1.0)]
+
+    def measure(instrument: NormInputs, images: Tensor) -> None:
+        instrument.before_step()
+        module(images)
+        instrument.after_step(made=True)
+
+    whole, before, after = (NormInputs(module) for _ in range(3))
+    for images in batches:
+        measure(whole, images)
+    measure(before, batches[0])
+    after.load(before.tensors())
+    measure(after, batches[1])
+    found, expected = (np.concatenate(each.end_epoch(torch.empty(0))) for each in (after, whole))
+    assert np.array_equal(found, expected)
+    assert expected[0] > 1e5, "the first batch has the largest values"
