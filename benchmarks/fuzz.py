@@ -29,6 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+# A child has none of the threads that its parent computed with, and would wait for them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 BATCH = 100  # trials of a forked process
 SECONDS = 60  # of the longest trial
 LONGEST_LINE = 1500
