@@ -7,7 +7,7 @@ from typing import Any
 
 from norm_matters.experiments.claims import RECIPES
 from norm_matters.experiments.claims.evidence import read_verdicts
-from norm_matters.experiments.claims.recipe import SCALES, Recipe
+from norm_matters.experiments.claims.recipe import SCALES, Recipe, outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "claims"
@@ -35,8 +35,10 @@ The time is estimated and printed first; the same command again goes on where it
 metric is the mean test accuracy over the last quarter of the epochs. One verdict comes from one interval, that of the
 paired difference (t, 90%, two-sided), and a margin (0.5 points unless said otherwise): *equal* inside the margin,
 *worse* or *better* beyond it, *worse but within the margin* inside it without 0, *undecided* otherwise, also where it
-is certain that an arm is worse but not by how much. A sign that turns round needs both one-sided tests at 5% (an
-intersection-union test); a share of a gap has Fieller's interval; divergence is told by Fisher's exact test. Margins,
+is certain that an arm is worse but not by how much, and where runs of an arm stopped on numbers that are not finite.
+A sign that turns round needs both one-sided tests at 5% (an
+intersection-union test); a share of a gap has Fieller's interval; divergence is told by Fisher's exact test, of eight
+runs or more of each arm. Margins,
 seeds, choices and what counts as diverged are fixed in the recipe before the run; nothing is chosen by the test images.
 """
 
@@ -61,7 +63,15 @@ def _glance(found: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
             told = [found[name, scale, claim.id] for scale in SCALES if (name, scale, claim.id) in found]
             for each in told:
                 seeds = str(len(each["seeds"])) if each["seeds"] else "–"
-                lines.append(_row(claim.id, claim.statement, f"**{each['verdict']}**", each["scale"], seeds))
+                lines.append(
+                    _row(
+                        claim.id,
+                        claim.statement,
+                        f"**{_outcome(each)}**",
+                        each["scale"],
+                        seeds,
+                    )
+                )
             if not told:
                 lines.append(_row(claim.id, claim.statement, "not run yet", "", ""))
     return "\n".join(lines) + "\n"
@@ -82,11 +92,18 @@ def _experiment(recipe: Recipe, found: Mapping[tuple[str, str, str], Mapping[str
         if not told:
             lines += ["*Not run yet.*", ""]
         for each in told:
-            lines += [f"*{each['scale'].capitalize()} scale: **{each['verdict']}**.* {each['sentence']}", ""]
+            lines += [
+                f"*{each['scale'].capitalize()} scale: **{_outcome(each)}**.* {each['sentence']}",
+                "",
+            ]
             lines += _tests(each)
     for scale in scales:
         lines += [_ran(recipe, scale, found), ""]
     return "\n".join(lines)
+
+
+def _outcome(verdict: Mapping[str, Any]) -> str:
+    return outcome(verdict["verdict"], verdict["holds"])
 
 
 def _tests(verdict: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -108,6 +109,22 @@ def test_an_experiment_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     result = nm.reproduce("l1-l2", scale="smoke", seeds=2, output=tmp_path / "out", device="cpu")
     assert result.verdicts[0].sentence == verdict["sentence"]
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/results.csv")} == before
+
+
+@pytest.mark.slow
+def test_a_pilot_says_how_many_seeds_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--scale", "smoke", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(["reproduce", "l1-l2", *options, "--pilot"]) == 0
+    text = capsys.readouterr().out
+    assert "6 runs, 6 to train" in text
+    assert re.search(
+        r"l1 less l2: SD [\d.]+ points over 3 pairs; \d+ seeds give 80% power at half the margin of 0.2", text
+    )
+    runs = sorted(folder.name for folder in (tmp_path / "runs" / "l1-l2-smoke").iterdir() if "s2" in folder.name)
+    assert runs == [f"{arm}-s{seed}" for arm in ("l1", "l2") for seed in (2000, 2001, 2002)]
+    assert not (tmp_path / "l1-l2-smoke" / "Q-L1").exists(), "no verdict is made from a pilot"
+    assert main(["reproduce", "l1-l2", *options, "--dry-run"]) == 0
+    assert "a pilot of 3 pairs has shown" in capsys.readouterr().out
 
 
 @pytest.mark.slow

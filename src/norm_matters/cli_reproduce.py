@@ -88,6 +88,12 @@ def reproduce(
         raise UserError("--arms: experiments have arms of their own; leave it out, or name one experiment")
     given = performing.user_settings(dataset=dataset, data_dir=data_dir, download=download, device=device)
     plans = _plans(experiment, scale, output=output, arms=names, seeds=count, given=given, placement=placement)
+    if pilot:
+        plans = [performing.pilot_of(plan) for plan in plans if plan.recipe.arms or experiment != "all"]
+    for plan in plans:
+        # Of all at once: that the images of the last are missing must not be told hours later.
+        if plan.recipe.arms:
+            performing.check_images(plan)
     told: list[dict[str, Any]] = []
     failed = False
     for plan in plans:
@@ -231,8 +237,10 @@ def _plain(plan: "ExperimentPlan", verdict: Any) -> dict[str, Any]:
 
 
 def _show_result(result: "Result") -> None:
+    from norm_matters.experiments.claims.recipe import outcome
+
     for verdict in result.verdicts:
-        print(printable(f"{verdict.claim}: {verdict.word}. {verdict.sentence}"))
+        print(printable(f"{verdict.claim}: {outcome(verdict.word, verdict.holds)}. {verdict.sentence}"))
     for name, error in result.failed.items():
         print(printable(f"failed: {name}: {error}"), file=sys.stderr)
     print(printable(f"page {result.page}"))

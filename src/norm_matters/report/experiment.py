@@ -39,6 +39,7 @@ class ClaimView:
     Attributes:
         id, statement, paper, rule: see `experiments.claims.recipe.Claim`.
         word, sentence: the verdict.
+        holds: whether the claim does; None where that is open.
     """
 
     id: str
@@ -47,6 +48,7 @@ class ClaimView:
     rule: str
     word: str
     sentence: str
+    holds: bool | None
 
 
 @dataclass(frozen=True)
@@ -229,17 +231,17 @@ def write_experiment_page(path: Path, view: ExperimentView) -> None:
     write_file(path, page(view.title, view.question, sections, scripts))
 
 
-def write_index_page(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+def write_index_page(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the index over all experiments.
 
     Args:
-        rows: `experiment`, `scale`, `claim`, `statement`, `verdict`, `sentence`, `seeds` and `page` (a file beside it)
-            of each claim.
+        rows: `experiment`, `scale`, `question`, `claim`, `statement`, `verdict` (in words), `holds` (None: open),
+            `sentence`, `seeds` and `page` (a file beside it) of each claim.
 
     Raises:
         StorageError: it cannot be written.
     """
-    entries: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    entries: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         entries.setdefault((row["experiment"], row["scale"]), []).append(row)
     sections = []
@@ -248,7 +250,7 @@ def write_index_page(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
         parts = [
             tag(
                 "div",
-                tag("p", _badge(row["verdict"]), " ", tag("b", row["claim"]), f": {row['statement']}"),
+                tag("p", _badge(row["verdict"], row["holds"]), " ", tag("b", row["claim"]), f": {row['statement']}"),
                 tag("p", row["sentence"]),
                 *([tag("p", f"seeds: {row['seeds']}", class_="soft")] if row["seeds"] else []),
                 class_="part",
@@ -265,16 +267,16 @@ def _claim(claim: ClaimView) -> Html:
     soft = " ".join(filter(None, [claim.paper and f"In the paper: {claim.paper}", f"Decided by: {claim.rule}"]))
     return tag(
         "div",
-        tag("p", _badge(claim.word), " ", tag("b", claim.id), f": {claim.statement}"),
+        tag("p", _badge(claim.word, claim.holds), " ", tag("b", claim.id), f": {claim.statement}"),
         tag("p", claim.sentence),
         tag("p", soft, class_="soft"),
         class_="part",
     )
 
 
-def _badge(word: str) -> Html:
-    """The verdict's word on its colour."""
-    colour = _COLOURS.get(word, _OTHER_COLOUR)
+def _badge(word: str, holds: bool | None) -> Html:
+    """The verdict's word, on the colour of what it means for the claim."""
+    colour = _OTHER_COLOUR if holds is None else _COLOURS["holds" if holds else "does not hold"]
     style = f"background: {colour}; color: #fff; padding: 2px 10px; border-radius: 10px; font-size: 13px"
     return tag("span", word, style=style)
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from norm_matters.core.config import load_config
 from norm_matters.core.errors import UserError
 from norm_matters.experiments.claims import RECIPES
+from norm_matters.experiments.claims.performing import PILOT_SEEDS, pilot_of
 from norm_matters.experiments.claims.phases import phase_products
 from norm_matters.experiments.claims.planning import (
     ExperimentPlan,
@@ -20,6 +22,7 @@ from norm_matters.experiments.claims.planning import (
     with_folders,
 )
 from norm_matters.experiments.claims.recipe import Arm, Choice, Recipe, Scale
+from norm_matters.experiments.pace import Pace
 from norm_matters.run import prepare
 
 SIZE = {"train.epochs": 1, "data.batch_size": 256, "device": "cpu", "data.workers": 0}
@@ -51,6 +54,41 @@ def test_every_recipe_gives_configurations_that_are_valid(name: str, scale: str,
     for claim in recipe.claims:
         assert claim.statement.endswith(".")
         assert claim.rule
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES.names() if RECIPES.get(name).arms])
+def test_a_pilot_is_of_two_arms_that_a_claim_compares(name: str, tmp_path: Path) -> None:
+    recipe = RECIPES.get(name)
+    pilot = pilot_of(plan_experiment(recipe, "small", output=tmp_path))
+    base, other = (arm.name for arm in pilot.arms)
+    assert base == recipe.baseline
+    assert any({base, other} <= set(claim.arms) for claim in recipe.claims)
+    assert {member.seed for member in pilot.comparing()} == set(PILOT_SEEDS)
+
+
+def test_a_pilot_needs_the_baseline(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--pilot: lp has no two arms to compare"):
+        pilot_of(plan_experiment(RECIPES.get("lp"), "smoke", output=tmp_path, arms=["l1"]))
+
+
+def test_verdicts_are_about_the_seeds_of_earlier_sittings_too(tmp_path: Path) -> None:
+    plan = planned(tmp_path, example((RECORDED, Arm("other", ""))), seeds=2)
+    for name in ("on-s0", "on-s4", "other-s7", "on-s2000", "choice-on-0-s1000", "strange-s3"):
+        (plan.runs / name).mkdir(parents=True)
+    assert plan.whole().seeds == [0, 1, 4, 7]
+    assert plan.seeds == range(2)
+
+
+def test_simulated_formats_have_a_pace_of_their_own() -> None:
+    def config(norm: str) -> Any:
+        return load_config(options={"model.name": "vgg11", "model.norm": norm, "train.epochs": 3})
+
+    pace = Pace()
+    pace.add(config("l2"), [{"seconds": 10.0}])
+    assert pace.of(config("l1")) == 10
+    assert pace.of(config("l1:stats_format=fp16,accumulator=fp32")) is None
+    pace.add(config("l2:stats_format=fp16,accumulator=fp32"), [{"seconds": 30.0}])
+    assert pace.of(config("l1:stats_format=fp16,accumulator=pairwise")) == 30
 
 
 def test_runs_are_named_by_arm_and_seed_whatever_else_is_run(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import math
 
-from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, is_worse, together, verdict
-from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Scale, Verdict
+from norm_matters.experiments.claims.decide import compare, is_as_good, is_worse, together
+from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Scale, Verdict, Word
 from norm_matters.experiments.claims.sizes import CIFAR, SMOKE, SMOKE_ABOUT, VGG_SMALL, imagenet
 
 _C = math.sqrt(math.pi / 2)
@@ -16,14 +16,24 @@ def _matters(evidence: Evidence) -> Verdict:
 
 
 def _start(evidence: Evidence) -> Verdict:
-    arms = ("quarter-undone", "four-undone", "gamma-four", "gamma-quarter")
-    undone = [compare(evidence, arm, "l1") for arm in arms if evidence.ended(arm)]
-    like = [
-        compare(evidence, constant, gamma)
-        for constant, gamma in (("quarter", "gamma-four"), ("four", "gamma-quarter"))
-        if evidence.ended(constant, gamma)
+    alone = {arm: compare(evidence, arm, "l1") for arm in ("quarter", "four")}
+    undone = {arm: compare(evidence, f"{arm}-undone", "l1") for arm in alone}
+    # Where a constant alone costs nothing, there is nothing that gamma could undo.
+    costly = [arm for arm in alone if is_worse(alone[arm]) == "holds"]
+    further = [
+        compare(evidence, arm, other)
+        for arm, other in (
+            ("gamma-four", "l1"),
+            ("gamma-quarter", "l1"),
+            ("quarter", "gamma-four"),
+            ("four", "gamma-quarter"),
+        )
+        if evidence.ended(arm, other)
     ]
-    return verdict("Q-GAMMA", [*undone, *like], holds=WITHIN, fails=WORSE)
+    decisive = [undone[arm] for arm in costly] or list(alone.values())
+    words: list[Word] = [is_as_good(finding) if costly else "undecided" for finding in decisive]
+    others = [finding for finding in (*alone.values(), *undone.values(), *further) if finding not in decisive]
+    return together("Q-GAMMA", [*decisive, *others], words=words)
 
 
 def _norm(spec: str) -> dict[str, str]:
@@ -46,8 +56,9 @@ RECIPE = Recipe(
             "Q-GAMMA",
             "What matters of the constant is the scale it gives the network at its start.",
             "",
-            "with gamma's start scaled so that the output is as with C, a quarter of C loses no more than the margin",
-            ("quarter-undone", "l1"),
+            "each of the two constants that is worse than C for certain loses no more than the margin once gamma's "
+            "start is scaled so that the output is as with C; open where neither is worse",
+            ("quarter", "four", "quarter-undone", "four-undone", "l1"),
             _start,
         ),
     ),

@@ -13,6 +13,9 @@ UNION = f"two one-sided paired t tests, both at {ALPHA:.0%}"
 FISHER = "Fisher's exact test, two-sided"
 IDENTITY = "largest error"
 
+LEAST_RUNS = 8
+"""Runs of each of two arms, before anything is said of which diverges more often."""
+
 AS_GOOD: tuple[Word, ...] = ("equal", "better but within the margin", "better")
 WITHIN: tuple[Word, ...] = (*AS_GOOD, "worse but within the margin")
 WORSE: tuple[Word, ...] = ("worse",)
@@ -45,6 +48,12 @@ def word_of(low: float, high: float, margin: float) -> Word:
     )
 
 
+def _survivors(evidence: Evidence, *arms: str) -> str:
+    """What is to be said of arms of which runs stopped: an interval over the seeds that are left is not theirs."""
+    lost = [name for name in arms if evidence.lost(name)]
+    return f"runs of {' and '.join(lost)} stopped on numbers that are not finite" if lost else ""
+
+
 def compare(
     evidence: Evidence, arm: str, baseline: str, *, margin: float | None = None, window: Window = LAST_QUARTER
 ) -> Finding:
@@ -57,11 +66,9 @@ def compare(
     values, others = paired(evidence, arm, baseline, window=window)
     found = compare_pairs(values, others, CONFIDENCE)
     difference = found.difference
-    lost = [name for name in (arm, baseline) if evidence.lost(name)]
     word, note = word_of(difference.low, difference.high, margin), ""
-    if lost:
-        # An interval over the seeds that survive is not that of the arm.
-        word, note = "undecided", f"runs of {' and '.join(lost)} stopped on numbers that are not finite"
+    if lost := _survivors(evidence, arm, baseline):
+        word, note = "undecided", lost
     elif word == "undecided" and (difference.high < 0 or difference.low > 0):
         note = f"{'worse' if difference.high < 0 else 'better'} for certain, by how much is open"
     return Finding(
@@ -75,6 +82,7 @@ def compare(
         p={"two-sided": found.p_t},
         margin=margin,
         note=note,
+        lost=bool(lost),
     )
 
 
@@ -83,12 +91,20 @@ def share(evidence: Evidence, arm: str, *, low: str, high: str, least: float = 0
 
     Args:
         low, high: the ends of the way.
-        least: "holds" where the interval lies above it, "does not hold" where it lies below.
+        least: "holds" where the interval lies above it, "does not hold" where it lies below; "undecided" where runs of
+            any of them stopped.
     """
     middle, bottom, top = paired(evidence, arm, low, high)
     found = fieller(
         [a - b for a, b in zip(middle, bottom, strict=True)], [a - b for a, b in zip(top, bottom, strict=True)]
     )
+    word: Word = "holds" if found.low > least else "does not hold" if found.high < least else "undecided"
+    if further := _survivors(evidence, arm, low, high):
+        word = "undecided"
+    elif not middle:
+        further = "no seed has all three"
+    elif not math.isfinite(found.low):
+        further = f"{high} and {low} may be equal: the share is not known"
     return Finding(
         f"({arm} less {low}) / ({high} less {low})",
         FIELLER,
@@ -96,10 +112,9 @@ def share(evidence: Evidence, arm: str, *, low: str, high: str, least: float = 0
         found.estimate,
         found.low,
         found.high,
-        "holds" if found.low > least else "does not hold" if found.high < least else "undecided",
+        word,
         unit="",
-        note=f"above {least:g}?"
-        + ("" if math.isfinite(found.low) else f"; {high} and {low} may be equal: the share is not known"),
+        note=f"above {least:g}?{'; ' if further else ''}{further}",
     )
 
 
@@ -119,6 +134,9 @@ def reversal(evidence: Evidence, arm: str, baseline: str, *, early: Window, late
     turned = largest <= ALPHA
     # Shown to be otherwise where one of the two signs is significantly the wrong one.
     wrong = any(value >= 1 - ALPHA for value in p.values())
+    word: Word = "holds" if turned else "does not hold" if wrong else "undecided"
+    if lost := _survivors(evidence, arm, baseline):
+        word = "undecided"
     return Finding(
         f"{arm} less {baseline}: the sign turns round",
         UNION,
@@ -126,18 +144,20 @@ def reversal(evidence: Evidence, arm: str, baseline: str, *, early: Window, late
         means[0],
         math.nan,
         math.nan,
-        "holds" if turned else "does not hold" if wrong else "undecided",
+        word,
         p=p,
-        note=f"{_signed(means[0])} points over {_part(early)} of the run, {_signed(means[1])} over {_part(late)}",
+        note=f"{_signed(means[0])} points over {_part(early)} of the run, {_signed(means[1])} over {_part(late)}"
+        f"{'; ' if lost else ''}{lost}",
     )
 
 
 def divergence(evidence: Evidence, arm: str, baseline: str) -> Finding:
-    """Whether an arm diverges more often than its baseline; eight seeds or more are needed for a small p value."""
+    """Whether an arm diverges more often than its baseline; undecided with fewer than `LEAST_RUNS` of either."""
     own, others = (list(evidence.diverged(name).values()) for name in (arm, baseline))
     counts = (sum(own), sum(others))
     p = fisher_p(counts, (len(own) - counts[0], len(others) - counts[1]))
-    more = len(own) and len(others) and counts[0] / len(own) > counts[1] / len(others)
+    few = min(len(own), len(others)) < LEAST_RUNS
+    more = not few and counts[0] / len(own) > counts[1] / len(others)
     return Finding(
         f"{arm} diverges, {baseline} does not",
         FISHER,
@@ -145,7 +165,7 @@ def divergence(evidence: Evidence, arm: str, baseline: str) -> Finding:
         100.0 * counts[0] / len(own) if own else math.nan,
         math.nan,
         math.nan,
-        "holds" if p <= ALPHA and more else "undecided" if more or len(own) < 8 else "does not hold",
+        "undecided" if few or (more and p > ALPHA) else "holds" if more else "does not hold",
         unit="%",
         p={"two-sided": p},
         note=f"{counts[0]} of {len(own)} runs against {counts[1]} of {len(others)}",
@@ -166,7 +186,7 @@ def verdict(
     fails: Sequence[Word],
     sentence: str = "",
 ) -> Verdict:
-    """A verdict from the first finding; the others are told with it.
+    """A verdict from the first finding, which the sentence tells; the others stand in the table of tests.
 
     Args:
         holds: words of the first finding with which the claim holds.
@@ -198,9 +218,17 @@ def together(
 
 def is_worse(finding: Finding) -> Word:
     """Whether a comparison says that the arm is worse at all, by however little: its whole interval is below 0."""
+    if finding.lost:
+        return "undecided"
     if finding.high < 0:
         return "holds"
-    return "does not hold" if finding.word in AS_GOOD else "undecided"
+    return "does not hold" if finding.low > 0 or finding.word in AS_GOOD else "undecided"
+
+
+def opposite(word: Word) -> Word:
+    """Of "holds" and "does not hold" the other; any other word stays open."""
+    other: dict[str, Word] = {"holds": "does not hold", "does not hold": "holds"}
+    return other.get(word, "undecided")
 
 
 def is_as_good(finding: Finding) -> Word:
@@ -213,11 +241,13 @@ def describe(finding: Finding) -> str:
     if finding.test == PAIRED_T:
         arm, _, baseline = finding.what.partition(" less ")
         text = f"{arm} and {baseline} {_SENTENCES[finding.word]} {finding.margin:g} points"
-        numbers = f"{_signed(finding.estimate)} ({_interval(finding)}), {finding.n} pairs of seeds"
+        numbers = f"{_signed(finding.estimate)} ({_interval(finding)}), {_pairs(finding)}" if finding.n else "no pairs"
         note = f"; {finding.note}" if finding.note else ""
         return f"{_capital(text)}: {numbers}{note}."
     if finding.test == FIELLER:
-        return f"{finding.what} is {finding.estimate:.2f} ({_interval(finding)}), {finding.n} pairs of seeds."
+        asked, _, further = finding.note.partition("; ")
+        found = f"is {finding.estimate:.2f} ({_interval(finding)}), {_pairs(finding)}" if finding.n else "is not known"
+        return f"{finding.what} {found}. {_capital(asked)} {_capital(finding.word)}{'; ' if further else ''}{further}."
     if finding.test == UNION:
         p = ", ".join(f"{name} p = {value:.2g}" for name, value in finding.p.items())
         return f"{_capital(finding.what)}? {_capital(finding.word)}: {finding.note}; {p}."
@@ -243,6 +273,10 @@ def _interval(finding: Finding) -> str:
         return "unbounded interval"
     sign = "" if finding.margin is None else "+"  # of differences
     return f"{finding.low:{sign}.2f} to {finding.high:{sign}.2f}"
+
+
+def _pairs(finding: Finding) -> str:
+    return f"{finding.n} pairs of seeds"
 
 
 def _signed(value: float) -> str:

@@ -60,7 +60,7 @@ def write_verdicts(
     """
     make_folder(plan.folder)
     for claim, verdict in zip(plan.recipe.claims, verdicts, strict=True):
-        seeds = [set(evidence.accuracy(arm)) for arm in claim.arms]
+        seeds = [set(evidence.diverged(arm)) for arm in claim.arms]  # all that came to an end
         document = {
             "format": _FORMAT,
             "experiment": plan.recipe.id,

@@ -1,7 +1,7 @@
 """LP-1 and LP-2: L1, Linf and Top(10) in place of L2, and whether Linf's deficit is its constant or its noise."""
 
-from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, is_worse, share, together, verdict
-from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Scale, Verdict
+from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, is_worse, opposite, share, together, verdict
+from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Scale, Verdict, Word
 from norm_matters.experiments.claims.sizes import CIFAR, SMOKE, SMOKE_ABOUT, VGG_SMALL, imagenet
 
 _FIGURE = "lp_norms_imagenet_error"
@@ -20,12 +20,14 @@ def _worse(evidence: Evidence) -> Verdict:
 
 
 def _noise(evidence: Evidence) -> Verdict:
+    deficit = compare(evidence, "linf-paper", "l2")
     noise = share(evidence, "l2-noise-linf", low="l2", high="linf-paper")
     constant = share(evidence, "linf", low="linf-paper", high="l2")
     further = [compare(evidence, "l2-noise-linf", "l2"), compare(evidence, "linf", "linf-paper")]
     if evidence.ended("l2-noise-topk"):
         further.append(compare(evidence, "l2-noise-topk", "l2"))
-    return together("Q-NOISE", [noise, constant, *further], words=[noise.word])
+    words: list[Word] = [is_worse(deficit), noise.word, opposite(constant.word)]
+    return together("Q-NOISE", [deficit, noise, constant, *further], words=words)
 
 
 def _norm(spec: str) -> dict[str, str]:
@@ -40,7 +42,7 @@ RECIPE = Recipe(
             "LP-1",
             "L1 does as well as L2.",
             "ResNet-18 on ImageNet, top-1 error of the last 10 epochs: 33.77 (L1), 33.72 (L2).",
-            "the 90% interval of l1 less l2 lies above minus the margin; it fails where it lies below",
+            "the 90% interval of l1 less l2 lies inside the margin, or above it; it fails where it lies below",
             ("l1", "l2"),
             _as_l2,
         ),
@@ -57,7 +59,8 @@ RECIPE = Recipe(
             "Q-NOISE",
             "Linf's deficit is the noise of its estimate of sigma, not its constant.",
             "",
-            "L2 with a sigma as noisy as Linf's loses more than half of what Linf with the paper's constant loses",
+            "Linf with the paper's constant is worse than L2 for certain, L2 with a sigma as noisy as Linf's loses "
+            "more than half as much, and the calibrated constant makes up for less than half (Fieller's intervals)",
             ("l2", "linf", "linf-paper", "l2-noise-linf"),
             _noise,
         ),

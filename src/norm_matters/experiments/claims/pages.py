@@ -9,7 +9,7 @@ from norm_matters.experiments.cells import setting_text
 from norm_matters.experiments.claims import RECIPES, figures
 from norm_matters.experiments.claims.evidence import read_verdicts
 from norm_matters.experiments.claims.planning import ExperimentPlan
-from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, Finding, Recipe, Verdict
+from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, Finding, Recipe, Verdict, outcome
 from norm_matters.report.experiment import (
     ArmView,
     ClaimView,
@@ -89,7 +89,8 @@ def write_index(output: Path) -> Path:
             "question": str(each.get("question", "")),
             "claim": each["claim"],
             "statement": str(each.get("statement", "")),
-            "verdict": each["verdict"],
+            "verdict": outcome(each["verdict"], each.get("holds")),
+            "holds": each.get("holds"),
             "sentence": each["sentence"],
             "seeds": ", ".join(map(str, each.get("seeds") or [])),
             "page": f"{each['experiment']}-{each['scale']}.html",
@@ -101,7 +102,8 @@ def write_index(output: Path) -> Path:
 
 
 def _claim_view(claim: Claim, verdict: Verdict) -> ClaimView:
-    return ClaimView(claim.id, claim.statement, claim.paper, claim.rule, verdict.word, verdict.sentence)
+    word = outcome(verdict.word, verdict.holds)
+    return ClaimView(claim.id, claim.statement, claim.paper, claim.rule, word, verdict.sentence, verdict.holds)
 
 
 def _test_view(claim: str, found: Finding) -> TestView:

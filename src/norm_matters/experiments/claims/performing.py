@@ -140,7 +140,7 @@ def plan_from(
     """The plan of an experiment by its name, with as many seeds as a pilot in the output folder asks for.
 
     Raises:
-        UserError: see `plan_experiment`; or the images cannot be read.
+        UserError: see `plan_experiment`.
     """
     recipe = RECIPES.get(experiment)
     plan = plan_experiment(recipe, scale, output=output, arms=arms, seeds=seeds, given=given, placement=placement)
@@ -209,11 +209,12 @@ def perform(
     Raises:
         KeyboardInterrupt: after the runs have ended, and everything has been written.
     """
+    products: list[float] = []
+    if plan.recipe.arms:
+        products = [each.product for each in products_of(plan.whole(), check_images(plan))]
+
     make_folder(plan.output)
     tables = list(plan.recipe.compute(plan.scale)) if plan.recipe.compute else []
-    products: list[float] = []
-    if plan.recipe.equilibrium:
-        products = [each.product for each in products_of(plan.whole(), check_images(plan))]
 
     def finish(failed: Mapping[str, str]) -> Result:
         whole = plan.whole()
@@ -241,29 +242,40 @@ def perform(
     return finish(failed)
 
 
+def pilot_of(plan: ExperimentPlan) -> ExperimentPlan:
+    """The runs of a pilot: the baseline and the first arm that a claim sets beside it, with seeds of their own.
+
+    Raises:
+        UserError: there is nothing to compare.
+    """
+    recipe, known = plan.recipe, {arm.name: arm for arm in plan.arms}
+    named = (name for claim in recipe.claims for name in claim.arms if name != recipe.baseline)
+    other = next((name for name in named if name in known and not known[name].after), None)
+    if other is None or recipe.baseline not in known:
+        raise UserError(f"--pilot: {recipe.id} has no two arms to compare")
+    return replace(plan, arms=[known[recipe.baseline], known[other]], seeds=PILOT_SEEDS)
+
+
 def run_pilot(plan: ExperimentPlan, *, on_change: OnChange | None = None) -> Pilot:
-    """Train the baseline and the first arm beside it with seeds of their own, and say how many seeds are needed.
+    """Train the baseline and an arm that a claim sets beside it, and say how many seeds are needed.
 
     Raises:
         UserError: there is nothing to compare, or the runs have failed.
     """
     recipe = plan.recipe
-    others = [arm for arm in plan.arms if arm.name != recipe.baseline and not arm.after]
-    if not others:
-        raise UserError(f"--pilot: {recipe.id} has no two arms to compare")
-    arms = [arm for arm in plan.arms if arm.name in (recipe.baseline, others[0].name)]
-    small = replace(plan, arms=arms, seeds=PILOT_SEEDS)
+    small = pilot_of(plan)
     make_folder(plan.output)
     failed = _run(small, small.choosing(), 0, on_change) or _run(small, small.comparing(small.chosen()), 0, on_change)
     if failed:
         raise UserError(*(f"{name}: {error}" for name, error in failed.items()))
     evidence = gather(small)
-    own, base = (evidence.accuracy(name) for name in (others[0].name, recipe.baseline))
+    (other,) = (arm.name for arm in small.arms if arm.name != recipe.baseline)
+    own, base = (evidence.accuracy(name) for name in (other, recipe.baseline))
     spread = mean_interval([own[seed] - base[seed] for seed in own if seed in base])
     if spread.n < 2:
         raise UserError("--pilot: its runs diverged; they say nothing of the spread")
     seeds = seeds_for_power(spread.sd, margin=recipe.margin)
-    document = {"sd": spread.sd, "n": spread.n, "arm": others[0].name, "seeds": seeds}
+    document = {"sd": spread.sd, "n": spread.n, "arm": other, "seeds": seeds}
     make_folder(plan.folder)
     write_file(plan.folder / _PILOT_FILE, json.dumps(document, indent=1) + "\n")
     return Pilot(**document)
@@ -288,14 +300,11 @@ def seeds_sentence(plan: ExperimentPlan) -> str:
     """How many seeds there are, and how many a pilot asks for."""
     recipe, count, pilot = plan.recipe, len(plan.seeds), read_pilot(plan)
     text = f"{count} seeds of each arm"
-    sd = pilot.sd if pilot else plan.size.pilot_sd
-    if sd is None:
+    if pilot is None:
         return f"{text}; no pilot has been run (--pilot), so the power is not known"
-    needed = seeds_for_power(sd, margin=recipe.margin)
-    source = f"a pilot of {pilot.n} pairs" if pilot else "the recipe's pilot"
     return (
-        f"{text}; {source} has shown an SD of {sd:.2g} points, which asks for {needed} seeds "
-        f"(80% power at half the margin of {recipe.margin:g})"
+        f"{text}; a pilot of {pilot.n} pairs has shown an SD of {pilot.sd:.2g} points, which asks for {pilot.seeds} "
+        f"seeds (80% power at half the margin of {recipe.margin:g})"
     )
 
 
@@ -307,7 +316,7 @@ def _run(plan: ExperimentPlan, members: Sequence[Member], retries: int, on_chang
     make_folder(plan.runs)
     executor = make_executor(plan.placement, [member.cell.config for member in members], plan.runs)
     after = {member.cell.name: member.after for member in members}
-    known = {run.cell.name for run in runs if run.status == "failed"}
+    stopped = {run.cell.name for run in runs if run.status == "failed"}
     try:
         run_cells(
             runs,
@@ -320,7 +329,10 @@ def _run(plan: ExperimentPlan, members: Sequence[Member], retries: int, on_chang
         )
     finally:
         executor.close()
-    diverged = {standing.cell.name for standing in plan.standings(members) if standing.status == "failed"}
+    stopped |= {standing.cell.name for standing in plan.standings(members) if standing.status == "failed"}
     return {
-        run.cell.name: run.error for run in runs if run.status == "failed" and run.cell.name not in diverged | known
+        run.cell.name: run.error
+        for run in runs
+        # Whoever comes after one that diverged has nothing to follow: no failure either.
+        if run.status == "failed" and not stopped & {run.cell.name, *after[run.cell.name]}
     }

@@ -15,6 +15,8 @@ from norm_matters.experiments.executors import ON_THIS_MACHINE, Placement
 from norm_matters.experiments.standing import Standing, conflicts, find_standing
 
 RUNS = "runs"
+FIRST_OWN_SEED = 1000
+"""From here on seeds are those of pilots and choices, which no comparison uses."""
 DIVERGED = "stopped: NumericalError"
 """How the log of a run ends whose numbers were not finite."""
 
@@ -83,8 +85,15 @@ class ExperimentPlan:
         return self.recipe.scale(self.scale)
 
     def whole(self) -> "ExperimentPlan":
-        """The same with all arms of the scale: verdicts are about whatever has been run, in this sitting or before."""
-        return replace(self, arms=self.recipe.arms_at(self.scale))
+        """The same with all arms and seeds: verdicts are about whatever has been run, in this sitting or before."""
+        arms = self.recipe.arms_at(self.scale)
+        there = {
+            int(seed)
+            for arm in arms
+            for folder in self.runs.glob(f"{arm.name}-s*")
+            if (seed := folder.name.removeprefix(f"{arm.name}-s")).isdecimal() and int(seed) < FIRST_OWN_SEED
+        }
+        return replace(self, arms=arms, seeds=sorted(there.union(self.seeds)))
 
     def choosing(self) -> list[Member]:
         """The runs by which arms choose a setting; none where nothing is to be chosen."""

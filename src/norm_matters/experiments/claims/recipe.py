@@ -99,7 +99,6 @@ class Scale:
         about: what differs from the paper at this scale, and how long it takes on what; sentences.
         arms: names of those that are run; all of them where empty.
         choice: see `Choice`.
-        pilot_sd: standard deviation of the paired differences (points) that a pilot has shown, if there was one.
     """
 
     config: Settings
@@ -108,7 +107,6 @@ class Scale:
     about: str
     arms: tuple[str, ...] = ()
     choice: Choice | None = None
-    pilot_sd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +154,7 @@ class Finding:
         word: what it comes to.
         margin: of a comparison, in its unit; None for any other test.
         note: further words.
+        lost: whether runs of its arms stopped on numbers that are not finite, so that it is about those that are left.
     """
 
     what: str
@@ -169,6 +168,7 @@ class Finding:
     p: Mapping[str, float] = field(default_factory=dict)
     margin: float | None = None
     note: str = ""
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,14 +196,14 @@ class RunRecord:
 
     Attributes:
         state: "done"; "diverged": it ended with numbers that are not finite, or as bad as `Recipe.diverged` says;
-            "failed": anything else; "missing": not run yet, or not to its end.
+            "missing": not run yet, or not to its end.
         rows: of its results.csv.
     """
 
     arm: str
     seed: int
     folder: Path
-    state: Literal["done", "diverged", "failed", "missing"]
+    state: Literal["done", "diverged", "missing"]
     rows: Sequence[Mapping[str, Any]]
 
 
@@ -290,6 +290,13 @@ class Claim:
             f"{LEAST_PRODUCT:g}, so weight decay had no time to act."
         )
         return Verdict(self.id, "undecided", None, text, verdict.findings)
+
+
+def outcome(word: str, holds: bool | None) -> str:
+    """A verdict's word, and what it means for the claim where the word does not say that itself."""
+    if word in ("holds", "does not hold", "undecided", "not run"):
+        return word
+    return f"{word} ({'holds' if holds else 'open' if holds is None else 'does not hold'})"
 
 
 LEAST_PRODUCT = 2.0

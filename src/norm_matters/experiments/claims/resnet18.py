@@ -22,7 +22,7 @@ RECIPE = Recipe(
             "Q-TIMM",
             "timm's resnet18 does as well with L1 as with L2.",
             "",
-            "the 90% interval of l1 less l2 lies above minus the margin; it fails where it lies below",
+            "the 90% interval of l1 less l2 lies inside the margin, or above it; it fails where it lies below",
             ("l1", "l2"),
             lambda evidence: verdict("Q-TIMM", [compare(evidence, "l1", "l2")], holds=WITHIN, fails=WORSE),
         ),
