@@ -59,7 +59,6 @@ def test_gradients_are_equal_to_the_bit(spec, choice):
 def kept_bytes(model: nn.Module, x: torch.Tensor, *, saving: bool) -> int:
     """The memory of all activations that live between the forward and the backward pass."""
     gc.collect()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), x)}
     seen: dict[int, int] = {}
 
     class Live(torch.utils._python_dispatch.TorchDispatchMode):
@@ -83,7 +82,6 @@ def kept_bytes(model: nn.Module, x: torch.Tensor, *, saving: bool) -> int:
     for reference, size in live.storages:
         if not reference.expired():
             seen[reference.cdata] = size
-    del own
     scores.sum().backward()
     return sum(seen.values())
 
@@ -94,8 +92,8 @@ def test_what_was_made_again_is_let_go(spec):
     held = []
 
     class Watched(memory._Remake):
-        def __init__(self, make):
-            super().__init__(make)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             held.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -126,6 +124,34 @@ def test_an_output_that_is_overwritten_is_kept():
     model = chain(create_norm("l1", 4), nn.LeakyReLU(0.1, inplace=True), nn.Conv2d(4, 5, 1), nn.Flatten())
     twin, x = copy.deepcopy(model), draw(6, 3, 8, 8)
     assert_equal(step(model, x, saving=True), step(twin, x, saving=False))
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+@pytest.mark.parametrize("spec", ["l1", "l2", "linf", "mean", "group:groups=2"])
+@pytest.mark.parametrize("overwritten", ["input", "residual", "bias"])
+def test_what_is_needed_and_overwritten_is_an_error(overwritten, spec, choice):
+    """As autograd has it without hooks; and where only the output that is made again needs it."""
+    norm, conv = create_norm(spec, 4), nn.Conv2d(4, 5, 1)
+    h, residual = (draw(3, 4, 6, 6, seed=seed).requires_grad_().clone() for seed in range(2))
+    with kernels(choice), saving_memory():
+        y = conv(norm(h, residual, relu=True))
+    with torch.no_grad():
+        {"input": h, "residual": residual, "bias": norm.bias}[overwritten].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_mask_is_taken_from_the_output_as_it_was():
+    gradients = []
+    for overwrite in (False, True):
+        h = draw(3, 4, 6, 6).requires_grad_()
+        with saving_memory():
+            y = create_norm("linf", 4)(h, relu=True)
+        if overwrite:
+            y.detach().zero_()
+        y.backward(draw(3, 4, 6, 6, seed=1))
+        gradients.append(h.grad)
+    assert torch.equal(*gradients)
 
 
 def test_views_of_an_output():

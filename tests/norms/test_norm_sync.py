@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from norm_matters.core.errors import UserError
@@ -116,6 +117,22 @@ def test_sync_norm_sets_the_option_and_names_what_it_leaves():
     assert spec_of(model[0]) == "l1"
     with pytest.raises(ValueError, match=r"sync_norm: layer '1' \(layer\): takes no statistics over the batch"):
         sync_norm(model, include="1")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of ranks with one member."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("spec", ["l2", "l1", "linf", "mean", "smooth", "renorm", "noisy:base=l1"])
+def test_one_value_per_channel_over_all_ranks_is_named(spec, alone):
+    norm = create_norm(synchronised(spec), 3)
+    with pytest.raises(ValueError, match=r"needs more than one value per channel in training, got \(1, 3\)"):
+        norm(torch.ones(1, 3))
+    assert norm(torch.ones(2, 3)).shape == (2, 3)
 
 
 def test_sync_changes_nothing_on_one_process():

@@ -132,6 +132,20 @@ def test_decay_that_makes_weights_swing_is_found_before_training() -> None:
         build(phase, {"epoch": 1, "lr": 0.2})
 
 
+def test_a_rate_that_rises_in_the_first_epoch_of_a_phase_is_looked_at_too() -> None:
+    rising = {"schedule": "constant", "from": 0.1, "warmup": "2st"}
+    phase = {"lr": rising, "momentum": 0.9, "instead_of_decay": {**EXPONENTIAL, "decay": 0.05}}
+    with pytest.raises(UserError, match=r"lr 0\.0\d+, decay 0\.05, momentum 0\.9: weights would swing"):
+        build(phase, {"epoch": 1, "lr": 0.01})
+
+
+def test_a_correction_by_a_decay_that_leaves_nothing_is_found_before_training() -> None:
+    phase = {"lr": 0.1, "instead_of_decay": {**CORRECTION, "decay": 9.9}}
+    build(phase, given=norms())
+    with pytest.raises(UserError, match=r"instead_of_decay\.decay: 9\.9 with a learning rate of 0\.2 in epoch 2 .* 5 "):
+        build(phase, {"epoch": 1, "lr": 0.2}, given=norms())
+
+
 def test_decay_of_a_later_phase_is_found_before_training() -> None:
     with pytest.raises(UserError, match=r"weight_decay: 0\.1 in epoch 2"):
         build({"lr": 0.1, "instead_of_decay": CORRECTION}, {"epoch": 1, "weight_decay": 0.1}, given=norms())

@@ -77,6 +77,15 @@ def test_the_plot_shows_drops_where_they_are():
     assert lines[7] == "   0.001 |" + " " * 45 + "*" * 15
 
 
+def test_settings_that_are_no_numbers_are_shown_as_they_are(monkeypatch):
+    phases = [{"optimizer": "AdamW", "lr": 0.1, "betas": (0.9, 0.98), "amsgrad": True, "weight_decay": 0.0005}]
+    monkeypatch.setattr(REGIMES, "get", lambda name: lambda: phases)
+    headline = plot_lr("own", epochs=1).splitlines()[0]
+    assert headline.startswith("own: AdamW, ")
+    for part in ("betas (0.9, 0.98)", "amsgrad True", "weight_decay 0.0005"):
+        assert part in headline
+
+
 def test_names_and_plots_need_no_torch():
     code = (
         "import sys; from norm_matters.regimes import REGIMES, check_regime, plot_lr; check_regime('cosine');"

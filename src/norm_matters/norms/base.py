@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from norm_matters.core.errors import UserError
-from norm_matters.norms.memory import fetch, is_offered, is_saving, keep, offer
+from norm_matters.norms.memory import Kept, fetch, is_offered, is_saving, keep, offer
 from norm_matters.norms.reduce import Accumulator, Reducer, number_format
 from norm_matters.norms.spec import Option, canonical_text, complete_options
 
@@ -60,7 +60,7 @@ class _Rectify(Function):
     def forward(ctx: Any, y: Tensor) -> Tensor:
         out = y.relu()
         # An alias: the output itself would keep its own maker alive. `offer_output` puts less in its place.
-        ctx.held = out.detach()
+        ctx.held = keep(out.detach())
         return out
 
     @staticmethod
@@ -69,22 +69,18 @@ class _Rectify(Function):
         return torch.ops.aten.threshold_backward(grads[0], fetch(ctx.held), 0)
 
 
-def offer_output(y: Tensor, make: Callable[[], Tensor]) -> None:
+def offer_output(y: Tensor, make: Callable[[], Tensor], *needs: Tensor | None) -> None:
     """Say how to make the output of a norm again; called where `is_saving`.
 
     Args:
         y: what `activate` returned.
         make: gives it again, to the bit.
+        needs: see `offer`.
     """
-    offer(y, make)
+    offer(y, make, *needs)
     maker: Any = y.grad_fn
-    if isinstance(getattr(maker, "held", None), Tensor):
+    if isinstance(getattr(maker, "held", None), Kept):
         maker.held = keep(y.detach())
-
-
-def all_but_channels(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of x (N, C, *) a batch norm reduces over."""
-    return (0, *range(2, x.dim()))
 
 
 def is_plain_relu(module: nn.Module | None) -> bool:
@@ -178,7 +174,7 @@ class Norm(nn.Module, abc.ABC):
             finally:
                 self.training = now
 
-        offer_output(y, make)
+        offer_output(y, make, x, *(None if own is None else own.detach() for own in self._parameters.values()))
 
     def _normalise_and_finish(self, x: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
         """Normalise, then drop and activation."""

@@ -108,7 +108,7 @@ class BatchwiseNorm(AffineNorm):
             The output (dtype and layout of x), the mean (C,) and the estimate of sigma squared (C,), both detached.
         """
         reducer = self.reducer()
-        n = reducer.count(x)
+        n = self.count(x, reducer)
         weight, bias = self.affine_in(accumulator(x))
         y, mean, var = normalise_by(
             x,
@@ -123,6 +123,17 @@ class BatchwiseNorm(AffineNorm):
             relu=relu,
         )
         return y, mean, self.tracked(var, n)
+
+    def count(self, x: Tensor, reducer: Reducer) -> int:
+        """The values per channel of x, over all ranks that share the batch.
+
+        Raises:
+            ValueError: there is one only; on all of these ranks.
+        """
+        n = reducer.count(x)
+        if n < 2:
+            raise ValueError(f"{self.label()} needs more than one value per channel in training, got {tuple(x.shape)}")
+        return n
 
     def tracked(self, var: Tensor, n: int) -> Tensor:
         """What `running_var` takes of sigma squared, estimated from n values per channel."""

@@ -88,7 +88,7 @@ class AdjustedNorm(CompositeNorm):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `BatchwiseNorm`."""
         reducer = self.reducer()
-        n = reducer.count(x)
+        n = self.count(x, reducer)
         measured: dict[str, Any] = {
             "statistic": self.statistic_for(n),
             "dtype": self.compute_dtype(x),

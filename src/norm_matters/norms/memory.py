@@ -32,10 +32,12 @@ class _Remake:
 
     Args:
         make: gives the output, to the bit.
+        needs: what it is made of, as it must still be then.
     """
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
+    def __init__(self, make: Callable[[], Tensor], needs: "tuple[Kept, ...]" = ()) -> None:
         self._make = make
+        self._needs = needs
         self._held: Tensor | None = None
         self.uses = 0
 
@@ -44,6 +46,8 @@ class _Remake:
         global _remaking
         y = self._held
         if y is None:
+            for kept in self._needs:
+                fetch(kept)
             before, _remaking = _remaking, True
             try:
                 with torch.no_grad():
@@ -53,6 +57,14 @@ class _Remake:
         self.uses -= 1
         self._held = y if self.uses > 0 else None
         return y
+
+
+class Kept(NamedTuple):
+    """A tensor that is kept as it is, and its version then: where hooks are, autograd does not look whether something
+    has overwritten what it saved."""
+
+    tensor: Tensor
+    version: int
 
 
 class _Omitted(NamedTuple):
@@ -101,21 +113,23 @@ def is_remaking() -> bool:
     return _remaking
 
 
-def offer(output: Tensor, make: Callable[[], Tensor]) -> None:
+def offer(output: Tensor, make: Callable[[], Tensor], *needs: Tensor | None) -> None:
     """Say how to make an output again; called where `is_saving`, for what `is_offered` not yet.
 
     Args:
         output: a tensor of its own, no view.
         make: gives it again, to the bit. What it closes over is held instead of the output: residuals, which may be
             outputs themselves, should go through `keep` and `fetch`, once for each time that they will be fetched.
+        needs: what else it closes over, and nothing may overwrite; without history.
     """
     assert _offers is not None
     offers, storage = _offers, output.untyped_storage()
     address = storage.data_ptr()
     if address == 0 or storage.nbytes() != output.numel() * output.itemsize:
         return
+    present = (tensor for tensor in needs if tensor is not None)
     reference = weakref.ref(output, lambda _: offers.pop(address, None))
-    offers[address] = _Offer(reference, output._version, _Remake(make))
+    offers[address] = _Offer(reference, output._version, _Remake(make, tuple(map(_as_it_is, present))))
 
 
 def is_offered(output: Tensor) -> bool:
@@ -125,23 +139,43 @@ def is_offered(output: Tensor) -> bool:
 
 def keep(tensor: Tensor | None) -> Any:
     """What to hold of a tensor that the backward pass needs: the tensor, or the way to make it again."""
-    if tensor is None or _offers is None:
-        return tensor
-    offered = _offered(tensor.untyped_storage().data_ptr())
-    if offered is None:
-        return tensor
-    output = offered.output()
-    if output is None or output._version != offered.version or output.dtype != tensor.dtype:
-        return tensor
+    if tensor is None:
+        return None
+    offered = None if _offers is None else _offered(tensor.untyped_storage().data_ptr())
+    output = None if offered is None else offered.output()
+    if offered is None or output is None or output._version != offered.version or output.dtype != tensor.dtype:
+        return _as_it_is(tensor)
     offered.remake.uses += 1
     return _Omitted(offered.remake, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 def fetch(held: Any) -> Any:
-    """The tensor that `keep` was given."""
-    if not isinstance(held, _Omitted):
-        return held
-    return held.remake.take().as_strided(held.size, held.stride, held.offset)
+    """The tensor that `keep` was given.
+
+    Raises:
+        RuntimeError: something has overwritten it since, as autograd says it without hooks.
+    """
+    if isinstance(held, _Omitted):
+        return held.remake.take().as_strided(held.size, held.stride, held.offset)
+    if held is None:
+        return None
+    tensor, version = held
+    if _version(tensor) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} is at version {_version(tensor)}; "
+            f"expected version {version} instead"
+        )
+    return tensor
+
+
+def _as_it_is(tensor: Tensor) -> Kept:
+    return Kept(tensor, _version(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    # Nothing counts what is done to a tensor of inference mode.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _offered(address: int) -> _Offer | None:

@@ -202,7 +202,7 @@ def offer_measured(
     def make() -> Tensor:
         return activate(_normalise(x, weight, bias, mean, sigma, eps), fetch(held), relu=relu)
 
-    offer_output(y, make)
+    offer_output(y, make, x, weight, bias)
 
 
 def _normalise(

@@ -1,6 +1,7 @@
 """The learning rate of a named regime over the epochs, drawn with text."""
 
 import math
+from typing import Any
 
 from norm_matters.core.clock import Clock
 from norm_matters.regimes import REGIMES
@@ -53,6 +54,10 @@ def _line(label: float | None, dots: list[bool]) -> str:
 def _headline(regime: Regime, clock: Clock) -> str:
     settings = regime.at(clock)
     shown = {key: value for key, value in settings.items() if key not in ("optimizer", "lr", "groups")}
-    parts = [settings["optimizer"], *(f"{key} {value:g}" for key, value in shown.items())]
-    parts += [f"{kind} {key} {value:g}" for kind, own in settings["groups"].items() for key, value in own.items()]
+    parts = [settings["optimizer"], *(f"{key} {_shown(value)}" for key, value in shown.items())]
+    parts += [f"{kind} {key} {_shown(value)}" for kind, own in settings["groups"].items() for key, value in own.items()]
     return f"{regime.name}: {', '.join(parts)}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)

@@ -29,7 +29,11 @@ def shuffled_channels(weights: Sequence[ChannelWeight], seed: int) -> Tensor:
     places, start = [], 0
     for weight in weights:
         draw = np.random.default_rng(derive_seed(seed, "shuffled channels", weight.layer))
-        places.append(start + draw.permutation(weight.channels))
+        # A circle through all channels in a random order: nobody keeps its own place, unless it is alone.
+        order = draw.permutation(weight.channels)
+        place = np.empty_like(order)
+        place[order] = np.roll(order, 1)
+        places.append(start + place)
         start += weight.channels
     return torch.from_numpy(np.concatenate(places))
 
@@ -231,10 +235,12 @@ class ScheduledNorm(RecordedReplay):
         """See the base class."""
         take()
         norms = self._all_norms()
-        alive = norms > SHORTEST
-        found = self._by_weight(torch.where(alive, self._target / torch.where(alive, norms, 1.0), 1.0))
+        # One of length 0 has no direction, and one that died in the recorded run no length to be put to.
+        alive = (norms > SHORTEST) & (self._target > SHORTEST)
+        found = self._by_weight(torch.where(alive, self._target / torch.where(alive, norms, 1.0), 0.0))
         for group, longer in zip(groups, self._lengthened, strict=True):
             for tensor in group["params"]:
                 if tensor.grad is not None:
                     weight, factor = found[self._names[id(tensor)]]
-                    weight.layout.split(tensor).mul_((factor * longer).to(tensor.dtype))
+                    change = torch.where(factor > 0, factor * longer, 1.0)
+                    weight.layout.split(tensor).mul_(change.to(tensor.dtype))

@@ -60,9 +60,11 @@ class Replaying:
             UserError: norms of an epoch are missing or of another network; or settings that do not go together.
         """
         first, steps = clock.epoch, clock.steps_per_epoch
-        places = {epoch * steps for epoch in range(first, clock.epochs)}
-        places |= {start for start in self._regime.starts(clock) if start >= first * steps}
-        for place in sorted(places):
+        starts = {start for start in self._regime.starts(clock) if start >= first * steps}
+        places = {epoch * steps for epoch in range(first, clock.epochs)} | starts
+        # Within the first epoch of a phase the learning rate may rise, too.
+        rising = {step for start in starts for step in range(start, min(start + steps, clock.total_steps))}
+        for place in sorted(places | rising):
             at = clock.at_step(place)
             form = self._regime.at(at).get(KEY)
             if form is None:
@@ -71,7 +73,7 @@ class Replaying:
                 _check_group(form, group, at)
                 if isinstance(form, ExponentialLr):
                     exponential_root(float(group["lr"]), float(group["momentum"]), form.decay)
-            if form.needs_norms:
+            if form.needs_norms and place in places:
                 assert self._norms is not None
                 every_step = isinstance(form, LrCorrection) and form.every == "step"
                 self._norms.check(list(self._weights.values()), at.epoch + 1, steps=steps if every_step else None)
@@ -158,6 +160,12 @@ def _check_group(form: InsteadOfDecay, group: Group, clock: Clock) -> None:
                 f"{key}: {group[key]!r} in epoch {clock.epoch + 1} for weights that have {KEY} ({form.name}); it takes "
                 f"{needed!r} there (what is for other parameters goes into `groups`)"
             )
+    rate = float(group["lr"])
+    if isinstance(form, LrCorrection) and rate * form.decay >= 1:
+        raise UserError(
+            f"{KEY}.decay: {form.decay:g} with a learning rate of {rate:g} in epoch {clock.epoch + 1} takes away the "
+            f"whole weight in one step; lr-correction is for a decay below {1 / rate:.3g} there"
+        )
 
 
 def _at_work(form: InsteadOfDecay, weights: Mapping[str, ChannelWeight], norms: RecordedNorms | None) -> Replay:

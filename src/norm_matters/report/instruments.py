@@ -11,7 +11,8 @@ from norm_matters.record.instruments import Measurements, read_measurements
 from norm_matters.report.layers import LayerMap, LayerPanel, slider
 from norm_matters.report.page import Html, note, section, tag
 
-# A page carries this many points of each line at most, all layers taken together: a thousand is 40 to 70 kB.
+# A page carries this many points of each line at most, all layers taken together, but 30 epochs at least: a thousand
+# is 40 to 70 kB.
 _POINTS = 6_000
 _FEWEST_EPOCHS = 30
 _MAP_EPOCHS = 60

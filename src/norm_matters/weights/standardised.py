@@ -18,8 +18,8 @@ class StandardisedWeight(WeightNorm):
         gain: a constant factor.
         scaled: divide by the root of the number of a channel's weights too, so that a channel has the length `gain`
             and the layer keeps the variance of its input: needed where no norm follows.
-        eps: added to the variance; 1e-10 is the 1e-5 that Qiao et al. add to the deviation. A channel with a smaller
-            variance counts as constant, and gives 0.
+        eps: added to the variance; 1e-10 is the 1e-5 that Qiao et al. add to the deviation. A channel whose variance is
+            not above it counts as constant: it is centred and not scaled, `w_i = v_i - mean(v_i)`.
     """
 
     name = "standardised"

@@ -1,5 +1,8 @@
 """The contract's reference, the operations of torch made of it, and what chooses the backend."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from norm_matters.norms.kernels import dispatch, ops, reference
 from norm_matters.norms.kernels.estimator import Estimator
 from norm_matters.norms.l1 import L1Statistic
 from norm_matters.norms.l2 import L2Statistic
+from norm_matters.norms.memory import saving_memory
 from norm_matters.norms.rms import RmsStatistic
 
 ESTIMATORS = [Estimator("l2"), Estimator("l1", 1.2533), Estimator("topk", 0.4, 3), Estimator("topk", 0.3, 1)]
@@ -223,3 +227,61 @@ def test_residual_and_gradient_of_another_layout(layout):
     torch.testing.assert_close(given.grad, expected_input.grad)
     if layout == "channels_last":
         assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("saving", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("x", "residual"),
+    [
+        (draw(8, 16, 6, 6, dtype=torch.float32), draw(1, 16, 6, 6, seed=1, dtype=torch.float32)),  # the strides of x
+        (draw(8, 16, 6, 6, dtype=torch.float32), draw(16, 1, 1, seed=1, dtype=torch.float32)),
+        (draw(8, 16, 6, 6, dtype=torch.float32), draw(8, 16, 6, 6, seed=1, dtype=torch.bfloat16)),
+        (draw(8, 16, 6, 6, dtype=torch.bfloat16), draw(8, 16, 6, 6, seed=1, dtype=torch.float32)),
+        (draw(1, 16, 6, 6, dtype=torch.float32), draw(8, 16, 6, 6, seed=1, dtype=torch.float32)),
+    ],
+    ids=["one image", "pixel", "narrow", "wide", "more images"],
+)
+def test_a_residual_of_another_shape_or_dtype_is_added_as_torch_does(x, residual, relu, saving):
+    results = []
+    for choice in ("reference", "auto"):
+        norm, given = create_norm("l1", 16), [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        with dispatch.kernels(choice), saving_memory() if saving else contextlib.nullcontext():
+            y = norm(*given, relu=relu)
+        y.backward(draw(*y.shape, seed=2, dtype=y.dtype))
+        results.append([y.detach(), given[0].grad, given[1].grad, norm.weight.grad, norm.bias.grad])
+    # A sum over a broadcast bfloat16 gradient is rounded once at its end.
+    narrow = torch.bfloat16 in (x.dtype, residual.dtype)
+    torch.testing.assert_close(*results, **({"rtol": 2e-2, "atol": 2e-2} if narrow else {"rtol": 1e-4, "atol": 1e-4}))
+
+
+def test_autocast_with_a_residual_in_float32():
+    """The convolution's output is bfloat16, the residual is not: the sum is float32, as torch's would be."""
+    conv, x = nn.Conv2d(4, 16, 1), draw(2, 4, 6, 6, dtype=torch.float32)
+    residual = draw(2, 16, 6, 6, seed=1, dtype=torch.float32)
+    norm = create_norm("l1", 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = norm(conv(x), residual, relu=True)
+        expected = torch.relu(norm(conv(x)) + residual)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+def test_weight_and_bias_with_gaps():
+    given = create_norm("l1", 16)
+    given.weight, given.bias = (nn.Parameter(torch.arange(32.0)[start::2]) for start in (0, 1))
+    plain = copy.deepcopy(given)
+    plain.weight, plain.bias = (nn.Parameter(values.detach().contiguous()) for values in (given.weight, given.bias))
+    x = draw(4, 16, 6, 6, dtype=torch.float32)
+    assert not given.weight.is_contiguous()
+    for norm in (given, plain):
+        norm(x).square().sum().backward()
+    torch.testing.assert_close(given(x), plain(x), rtol=0, atol=0)
+    torch.testing.assert_close(given.weight.grad, plain.weight.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(1), torch.ones(16, device="meta")], ids=["shape", "device"])
+def test_a_weight_that_no_kernel_could_read_is_refused(weight):
+    norm = create_norm("l1", 16)
+    norm.weight = nn.Parameter(weight)
+    with pytest.raises(ValueError, match=r"weight and bias must be \(16,\) on cpu, got"):
+        norm(draw(4, 16, 6, 6, dtype=torch.float32))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import Function
 
+from norm_matters.norms.base import activate
 from norm_matters.norms.constants import constant_to_compiler
 from norm_matters.norms.kernels import reference
 from norm_matters.norms.kernels.dispatch import Backend, fast_backend, total_backend
@@ -64,13 +65,30 @@ def normalise(
     The gradients reach x, weight, bias and residual; the statistics carry none. Only x, and with `relu` and a residual
     the output, are kept for the backward pass.
     """
-    if residual is not None and residual.stride() != x.stride():
-        residual = torch.empty_like(x).copy_(residual)
+    weight, bias = _readable(weight, x), _readable(bias, x)
+    if residual is not None:
+        if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+            # Broadcast and promoted as torch does: the kernels read a residual that is as x.
+            y, stats = normalise(x, weight, bias, None, estimator, eps=eps, relu=False)
+            return activate(y, residual, relu=relu), stats
+        if residual.stride() != x.stride():
+            residual = torch.empty_like(x).copy_(residual)
     if _watched(x):
         return torch.ops.norm_matters.normalise(
             x, weight, bias, residual, estimator.kind, estimator.constant, estimator.k, eps, relu
         )
     return _Normalise.apply(x, weight, bias, residual, estimator, eps, relu)  # type: ignore[return-value]
+
+
+def _readable(values: Tensor | None, x: Tensor) -> Tensor | None:
+    """A weight or bias as the kernels, who are given addresses, read it: (C,) without gaps, on the device of x."""
+    if values is None:
+        return None
+    if values.shape != x.shape[1:2] or values.device != x.device:
+        raise ValueError(
+            f"weight and bias must be {tuple(x.shape[1:2])} on {x.device}, got {tuple(values.shape)} on {values.device}"
+        )
+    return values.contiguous()
 
 
 def _watched(x: Tensor) -> bool:
@@ -117,7 +135,7 @@ def _offer_again(
     assert x is not None
     held = keep(residual)
     backend = total_backend(x, estimator)
-    offer(y, lambda: backend.apply(x, weight, bias, fetch(held), stats, eps=eps, relu=relu))
+    offer(y, lambda: backend.apply(x, weight, bias, fetch(held), stats, eps=eps, relu=relu), x, weight, bias)
 
 
 def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

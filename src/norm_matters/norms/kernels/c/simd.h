@@ -40,7 +40,6 @@ struct tensors {
 struct coefficients {
     float *mean, *scale, *bias, *slope, *offset;
 };
-enum { COEFFICIENTS = 5 };
 
 /* A part of the tensors: rows of `width` values that lie together, `stride` values from one row to the next.
  *
