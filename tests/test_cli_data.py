@@ -44,18 +44,26 @@ def test_pack_check_stats_and_train(capsys, tmp_path):
     assert "train: 10 images" in out
     assert (tmp_path / "counted" / "classes.csv").exists()
     out, _ = said(capsys, "stats", "photos", "--json", "--workers", "0")
-    assert json.loads(out)["parts"]["train"]["per_class"] == {"a": 5, "b": 5}
+    assert json.loads(out)["parts"]["train"]["per_class"] == [
+        {"label": 0, "class": "a", "images": 5},
+        {"label": 1, "class": "b", "images": 5},
+    ]
     options = ["--model", "resnet8", "--epochs", "1", "--batch-size", "5", "--device", "cpu", "data.input_size=16"]
     assert main(["train", "--dataset", "webdataset:out", *options, "--output", "runs", "--name", "r"]) == 0
     assert main(["eval", "runs/r"]) == 0
 
 
-def test_a_dry_run_writes_nothing(capsys, tmp_path):
-    out, _ = said(capsys, "pack", "photos", "out", "--images-per-shard", "5", "--dry-run")
-    assert "10 train, 4 validation images, 2 classes" in out
-    assert "about 4 webdataset shards" in out
-    assert "nothing is written" in out
+@pytest.mark.parametrize(
+    ("options", "shards"),
+    [([], 2), (["--images-per-shard", "5"], 3), (["--images-per-shard", "4"], 4), (["--shard-size", "1kB"], 14)],
+)
+def test_a_dry_run_writes_nothing(capsys, tmp_path, options, shards):
+    foretold, _ = said(capsys, "pack", "photos", "out", *options, "--dry-run")
+    assert "10 train, 4 validation images, 2 classes" in foretold
+    assert f"about {shards} webdataset shards, about 0.0 MB; nothing is written" in foretold
     assert not (tmp_path / "out").exists()
+    out, _ = said(capsys, "pack", "photos", "out", *options, "--workers", "0")
+    assert f"images in {shards} shards" in out
 
 
 def test_help_and_no_command(capsys):

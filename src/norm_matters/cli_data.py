@@ -65,7 +65,7 @@ def pack(
     count = _workers(workers, problems)
     if problems:
         raise UserError(*problems)
-    from norm_matters.packing import PackSettings, estimate_bytes, open_source, pack_dataset, parse_bytes
+    from norm_matters.packing import PackSettings, estimate_packing, open_source, pack_dataset, parse_bytes
 
     settings = PackSettings(
         format=format,  # pyright: ignore[reportArgumentType]
@@ -80,10 +80,7 @@ def pack(
     total = sum(map(len, found.parts.values()))
     if dry_run:
         images = ", ".join(f"{len(part):,} {name}" for name, part in found.parts.items())
-        size = estimate_bytes(found)
-        by_size, by_count = size / settings.shard_bytes, total / (settings.shard_images or total)
-        # Each part's last shard is not full.
-        shards = int(max(by_size, by_count)) + len(found.parts)
+        shards, size = estimate_packing(found, settings)
         about = "at most " if settings.resize else "about "
         _say(f"{found.name}: {images} images, {len(found.classes)} classes")
         _say(f"{target}: {about}{shards} {settings.format} shards, {about}{size / 1e6:,.1f} MB; nothing is written")

@@ -65,6 +65,8 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int = 0) -> in
             # By a file: a store of torch's listens to the whole network, and asks nobody who he is.
             settings.rdzv_backend, settings.rdzv_conf = "c10d", "store_type=file"
             settings.rdzv_endpoint, settings.rdzv_id = str(Path(folder) / "rendezvous"), _own_name()
+        # Where ranks leave word of a failure; torchrun's own folder for that would stay for ever.
+        settings.log_dir = settings.log_dir or str(Path(folder) / "words")
         stop = Path(folder) / "stopped"
         os.environ[STOP_VARIABLE] = str(stop)
         config, entrypoint, command = torchrun.config_from_args(settings)

@@ -14,7 +14,7 @@ from norm_matters.core.config import RegimeConfig, RunConfig, TrainConfig
 from norm_matters.core.errors import UserError
 from norm_matters.core.ranks import ONE_PROCESS, Ranks
 from norm_matters.core.seeding import seed_everything
-from norm_matters.datasets import Dataset, Loader, check_dataset, load_dataset
+from norm_matters.datasets import PLACES, Dataset, Loader, check_dataset, load_dataset
 from norm_matters.datasets.entry import ENCODED_SIZE
 from norm_matters.datasets.loader import evaluation_batch_size
 from norm_matters.datasets.reading import available_cores, count_workers
@@ -101,7 +101,7 @@ def prepare(config: RunConfig, *, restored: bool = False, ranks: Ranks = ONE_PRO
     )
     workers = config.data.workers
     if workers == "auto" and ranks.local_world > 1:
-        workers = count_workers(device, max(1, available_cores() // ranks.local_world))
+        workers = count_workers(device, cores_of_rank(ranks))
     train_loader, val_loader = (
         Loader(
             images,
@@ -141,6 +141,17 @@ def prepare(config: RunConfig, *, restored: bool = False, ranks: Ranks = ONE_PRO
     return Plan(config, dataset, built, preprocessing, regime, state, train_loader, val_loader, allocator)
 
 
+def cores_of_rank(ranks: Ranks) -> int:
+    """The cores that are one rank's own, of those that all on its machine share.
+
+    With `--cpus-per-task` srun may show each task its own alone: these are not divided again.
+    """
+    cores, own = available_cores(), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if ranks.launcher == "srun" and own.isdecimal():
+        return max(1, min(cores, int(own)))
+    return max(1, cores // ranks.local_world)
+
+
 def _recorded_norms(folder: str | None) -> RecordedNorms | None:
     """The norms of the run that a regime follows."""
     if folder is None:
@@ -177,7 +188,7 @@ def complete(config: RunConfig, *, epochs: int) -> RunConfig:
     weight_norm = canonical_weight_norm(model.weight_norm) if model.weight_norm else None
     name = str(Path(model.name).resolve()) if model.name.endswith(".py") else model.name
     source, colon, path = data.name.partition(":")
-    if colon:
+    if colon and source in PLACES:
         # As the dataset reads it: relative to the data folder where one is given.
         place = (Path(data.dir or "").expanduser() / Path(path).expanduser()).resolve()
         data = data.model_copy(update={"name": f"{source}:{place}"})

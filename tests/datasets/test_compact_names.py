@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,11 @@ def test_names_behave_like_a_list(names, data):
     assert list(taken) == [names[index] for index in indices]
     # What was cut out can be cut again.
     assert list(taken[1:]) == [names[index] for index in indices][1:]
+
+
+@pytest.mark.parametrize("names", [[], ["a", "b"]])
+def test_a_slice_of_any_step(names):
+    assert list(Names.of(names)[:: 2**63]) == names[:: 2**63]
 
 
 @given(parts=st.lists(names, max_size=4))

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from norm_matters.core.errors import UserError
 from norm_matters.datasets import DATASETS, check_dataset, entry, load_dataset
 from norm_matters.datasets.entry import DatasetEntry, Source, stratified_split
 from norm_matters.datasets.images import ResidentImages
+from norm_matters.packing import open_source
 
 
 def resident(count: int = 40, classes: int = 4, side: int = 8, channels: int = 1) -> ResidentImages:
@@ -214,3 +216,41 @@ def test_preprocessing_follows_from_dataset_and_model(given_source, size, crop, 
 def test_digits_need_no_crop_when_they_have_no_padding(given_source):
     given_source(Source(train=resident(), val=resident(8), classes=tuple("abcd"), pad=0))
     assert load_dataset(DataConfig()).preprocessing(crop="pad").crop == "none"
+
+
+@pytest.mark.parametrize("refused", ["look", "list"])
+@pytest.mark.parametrize("name", ["imagefolder:{}", "parquet:{}", "webdataset:{}/a.tar", "hf:some/set", "{}"])
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch, name, refused):
+    """Tests may run as root, whom nothing is refused."""
+    closed = tmp_path / "closed"
+    for folder in ("a", "b", "hub/datasets--some--set/snapshots/1"):
+        (closed / folder).mkdir(parents=True)
+    monkeypatch.setenv("HF_HOME", str(closed))
+    look, enter = os.stat, os.scandir
+
+    def refusing(call, place, *rest, **options):
+        if str(place).startswith(str(closed)):
+            raise PermissionError(13, "Permission denied", str(place))
+        return call(place, *rest, **options)
+
+    if refused == "look":
+        monkeypatch.setattr(os, "stat", lambda *given, **options: refusing(look, *given, **options))
+    monkeypatch.setattr(os, "scandir", lambda *given: refusing(enter, *given))
+    name = name.format(closed)
+    opening = [open_source] if name == str(closed) else [open_source, lambda name: load_dataset(DataConfig(name=name))]
+    for each in opening:
+        with pytest.raises(UserError, match="closed") as caught:
+            each(name)
+        assert len(caught.value.problems) == 1
+        assert "\n" not in str(caught.value)
+        if refused == "look":
+            assert str(caught.value).endswith(": Permission denied")
+
+
+def test_an_error_without_a_file_names_the_dataset(monkeypatch):
+    def read(data, argument):
+        raise OSError("no\nroom")
+
+    monkeypatch.setitem(DATASETS._targets, "digits", DatasetEntry(read))
+    with pytest.raises(UserError, match=r"^dataset 'digits': no room$"):
+        load_dataset(DataConfig())

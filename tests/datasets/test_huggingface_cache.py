@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from norm_matters.core.config import DataConfig
+from norm_matters.core.config import DataConfig, ModelConfig, RunConfig
 from norm_matters.core.errors import UserError
 from norm_matters.datasets import huggingface, load_dataset
 from norm_matters.datasets.stored import StoredImages
+from norm_matters.plan import prepare
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -194,3 +195,13 @@ def test_download_asks_the_hub_once_and_says_what_fails(home, monkeypatch):
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         load("some-org/pets", download=True)
     assert huggingface._home("HF_HUB_CACHE", "hub") == home / "hub"
+
+
+def test_a_run_is_planned_on_it(home, tmp_path, monkeypatch):
+    """What follows the colon is a name, though it looks like a path; nor is it looked for in the data folder."""
+    monkeypatch.chdir(tmp_path)
+    write_hub(home, "some-org/pets", "plain_text")
+    for name in ("hf:some-org/pets", "hf:some-org/pets:plain_text"):
+        data = DataConfig(name=name, batch_size=3, dir=str(tmp_path / "elsewhere"))
+        plan = prepare(RunConfig(model=ModelConfig(name="resnet8"), data=data, device="cpu"))
+        assert (plan.config.data.name, len(plan.dataset.train)) == (name, 9)

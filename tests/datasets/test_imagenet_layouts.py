@@ -95,6 +95,10 @@ def test_names_of_classes(tmp_path):
     assert load(tmp_path).classes == ("word 0", "word 1", "word 2")
     (tmp_path / "LOC_synset_mapping.txt").write_text(f"{WNIDS[0]} tench, Tinca tinca\n{WNIDS[1]} goldfish\n")
     assert load(tmp_path).classes == ("tench, Tinca tinca", "goldfish", WNIDS[2])
+    # Two of ImageNet's are "crane".
+    lines = f"{WNIDS[0]} crane\n{WNIDS[1]} goldfish\n{WNIDS[2]} crane\n"
+    (tmp_path / "LOC_synset_mapping.txt").write_text(lines)
+    assert load(tmp_path).classes == (f"crane ({WNIDS[0]})", "goldfish", f"crane ({WNIDS[2]})")
 
 
 def test_what_is_missing_is_said_with_where_to_get_it(tmp_path):

@@ -66,12 +66,16 @@ def test_wrong_settings_start_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_must_fail_again_is_told_once_with_its_status(tmp_path: Path) -> None:
+def test_what_must_fail_again_is_told_once_with_its_status(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     done = train("--max-restarts=3", "--norm=none", "--lr=1e30", "--output", str(tmp_path / "runs"), "data.workers=0")
     assert done.returncode == 76
     assert done.stderr.count("error:") == 1
     assert done.stderr.startswith("error: the training loss is not finite in epoch 1")
     assert len(list((tmp_path / "runs").iterdir())) == 1
+    # Neither ours nor torchrun's folder stays.
+    assert not [path for path in (tmp_path / "tmp").iterdir() if "norm-matters" in path.name or "elastic" in path.name]
 
 
 @pytest.mark.slow

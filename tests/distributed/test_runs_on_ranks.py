@@ -140,6 +140,7 @@ def test_a_rank_that_falls_away_takes_the_other_with_it(how, models, tmp_path, t
     assert survivor[2] == f"error: rank {1 - int(number)}: lost another rank, whose own message says why\n"
     assert culprit[0] == {"user": 2, "bug": 1, "kill": -9, "exit": 0}[what]
     if what in ("user", "bug"):
+        assert ("Traceback" in culprit[2]) == (what == "bug")
         assert culprit[2].endswith(
             f"error: rank {number}: {'an image' if what == 'user' else 'TypeError: a bug'}"
             + (" cannot be read\n" if what == "user" else "\n")

@@ -18,10 +18,10 @@ from PIL import Image
 
 from norm_matters.core.config import DataConfig
 from norm_matters.core.errors import UserError
-from norm_matters.datasets import load_dataset, manifest, parquet, webdataset
+from norm_matters.datasets import load_dataset, manifest, webdataset
 from norm_matters.datasets.shards import pack_shards, unpack_shards
 from norm_matters.datasets.stored import ByteRanges, StoredImages
-from norm_matters.packing import PackSettings, check_packed, open_source, pack_dataset, parse_bytes
+from norm_matters.packing import PackSettings, check_packed, estimate_packing, open_source, pack_dataset, parse_bytes
 from norm_matters.packing.source import PackSource
 
 FORMATS = ["webdataset", "parquet"]
@@ -491,4 +491,67 @@ def test_hashes_are_those_of_the_files(photos, tmp_path):
             content = (tmp_path / "out" / shard["name"]).read_bytes()
             assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
     assert facts["command"] == ["pack"]
-    assert parquet.LARGE == 2**30
+
+
+def in_order_of(images) -> list[tuple[bytes, int]]:
+    return [(images.content(n), int(images.labels[n])) for n in range(len(images))]
+
+
+def test_shards_of_one_name_in_two_folders_have_an_index_each(photos, tmp_path):
+    """Each folder's own, or none; never the other's."""
+    write_photos(tmp_path / "more", train=24)
+    expected = []
+    for name, source in (("pa", photos), ("pb", tmp_path / "more")):
+        pack(source, tmp_path / name, shard_images=1000)
+        expected += in_order_of(load("webdataset", tmp_path / name).train)
+    for index in ("pb", "pa", None):
+        data = load("webdataset", tmp_path / "{pa,pb}" / "train-*.tar")
+        assert in_order_of(data.train) == expected
+        assert (len(data.train), len(data.val), data.classes) == (54, 9, ("a", "b", "c"))
+        if index:
+            (tmp_path / index / "index.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"), [(("a", "c", "b"), "label 1 is 'b' and 'c'"), (("a",), "label 1 is 'b' and None")]
+)
+def test_folders_of_other_classes_are_no_one_set(photos, tmp_path, classes, words):
+    for name in ("pa", "pb"):
+        pack(photos, tmp_path / name)
+    (tmp_path / "pb" / "dataset.json").unlink()
+    (tmp_path / "pb" / "classes.txt").write_text("\n".join(classes))
+    with pytest.raises(UserError, match=rf"the classes of .*pa and .*pb differ: {words}") as caught:
+        load("webdataset", tmp_path / "{pa,pb}" / "train-*.tar")
+    assert len(caught.value.problems) == 1
+    # Where a folder has no names, they are those of the other.
+    (tmp_path / "pb" / "classes.txt").unlink()
+    for pattern in ("{pa,pb}", "{pb,pa}"):
+        assert load("webdataset", tmp_path / pattern / "train-*.tar").classes == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_was_packed_unseen_is_not_called_checked(photos, tmp_path, cut):
+    (photos / "train" / "a" / "broken.jpg").write_text("no image")
+    pack(photos, tmp_path / "out", bad_images="keep")
+    if cut:
+        (tmp_path / "out" / "dataset.json").rename(tmp_path / "facts.json")
+        plan = json.loads((tmp_path / "facts.json").read_text())["plan"]
+        (tmp_path / "out" / "packing.jsonl").write_text(json.dumps({"plan": plan, "command": ["pack"]}) + "\n")
+    for bad_images in ("refuse", "skip"):
+        with pytest.raises(UserError, match="out holds another packing: its decoded is False, not True"):
+            pack(photos, tmp_path / "out", bad_images=bad_images)
+    assert pack(photos, tmp_path / "out", bad_images="keep").images["train"] == 31
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "limits", [{"shard_images": None}, {"shard_images": 7}, {"shard_images": 13}, {"shard_bytes": 9000}]
+)
+def test_what_is_foretold_comes_true(photos, tmp_path, format, limits):
+    source = open_source(str(photos))
+    options = PackSettings(**{"format": format, "shard_images": None, **limits})
+    shards, size = estimate_packing(source, options)
+    packed = pack(source, tmp_path / "out", format, **{"shard_images": None, **limits})
+    assert abs(packed.shards - shards) <= ("shard_bytes" in limits)
+    # A tar ends with two empty records; parquet has tables of its own, which weigh more than images as small as these.
+    assert packed.bytes == size + 1024 * packed.shards if format == "webdataset" else packed.bytes > size

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -82,6 +83,12 @@ def test_the_histogram_counts_every_image(photos):
     assert histogram == {"below 32": 2, "32 to 47": 7}
     text = "\n".join(stats_lines(stats))
     assert "per class: 3 (b) to 6 (a), median 4.5, imbalance 2" in text
+
+
+def test_classes_of_one_name_are_counted_apart(photos):
+    stats = dataclasses.replace(measure_dataset(open_source(str(photos)), workers=0), classes=("crane", "crane"))
+    found = json.loads(json.dumps(stats.to_json()))["parts"]["train"]["per_class"]
+    assert [tuple(row.values()) for row in found] == [(0, "crane", 6), (1, "crane", 3)]
 
 
 def test_csv_files(photos, tmp_path):

@@ -328,8 +328,9 @@ def _group(ranks: Ranks, timeout: float) -> Iterator[Group]:
         return
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
-    if ranks.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(ranks.local_rank)
+    gpus = torch.cuda.device_count()
+    if gpu_of(ranks, gpus) < gpus:
+        torch.cuda.set_device(gpu_of(ranks, gpus))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     wait = timedelta(seconds=timeout)
     if ranks.address in _THIS_MACHINE:
@@ -340,6 +341,14 @@ def _group(ranks: Ranks, timeout: float) -> Iterator[Group]:
     # Only where all went well: after an error, leaving in good order could wait for those who do not.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def gpu_of(ranks: Ranks, count: int) -> int:
+    """The number of a rank's own GPU among the `count` that it sees.
+
+    srun may show each task its own alone (`--gpus-per-task=1`), as number 0.
+    """
+    return 0 if ranks.launcher == "srun" and count == 1 else ranks.local_rank
 
 
 @cache

@@ -56,6 +56,8 @@ for _name, _module, _summary in (
 
 # The sources whose name goes on after a colon, and what stands there.
 ARGUMENTS = {"imagefolder": "DIR", "parquet": "DIR_OR_FILE", "webdataset": "PATTERN", "hf": "ORG/NAME"}
+# Those of them where it is a file or folder.
+PLACES = ("imagefolder", "parquet", "webdataset")
 
 __getattr__ = lazy_attributes(
     __name__,

@@ -1,7 +1,8 @@
 """From a name to images, labels and everything about them that a run has to know and to record."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,7 +142,8 @@ def load_dataset(data: "DataConfig", *, seed: int = 0) -> Dataset:
     """
     check_dataset(data.name)
     kind, _, argument = data.name.partition(":")
-    source = DATASETS.get(kind).read(data, argument)
+    with files_of(data.name):
+        source = DATASETS.get(kind).read(data, argument)
     train, val, val_name = _split(source, data.holdout, seed)
     check_labels(data.name, source.classes, train, val)
     pad, mean, std = source.pad, IMAGENET_MEAN, IMAGENET_STD
@@ -165,6 +167,16 @@ def load_dataset(data: "DataConfig", *, seed: int = 0) -> Dataset:
         pad=pad,
         epochs=source.epochs,
     )
+
+
+@contextmanager
+def files_of(name: str) -> Iterator[None]:
+    """Inside, a file or folder that the system refuses is a UserError that names it, or else the dataset."""
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or f"dataset '{name}'", error.strerror or " ".join(str(error).split())
+        raise UserError(f"{place}: {reason}") from None
 
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

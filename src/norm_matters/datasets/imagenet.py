@@ -2,7 +2,8 @@
 
 import csv
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ def read_imagenet(data: "DataConfig", argument: str) -> Source:
     them. Labels of a flat val/ come from `LOC_val_solution.csv` (Kaggle), from the development kit's
     `ILSVRC2012_validation_ground_truth.txt` and `meta.mat`, or from `val_labels.txt` (a file's name and a WNID in each
     line). Classes have the names in `LOC_synset_mapping.txt` or `words.txt` where such a file is near, else their
-    WNIDs. What was listed is kept, see `listing.list_images`.
+    WNIDs; a name that several share is followed by its WNID. What was listed is kept, see `listing.list_images`.
 
     Raises:
         UserError: saying what is missing, and where it is to be had.
@@ -55,7 +56,7 @@ def read_imagenet(data: "DataConfig", argument: str) -> Source:
         val = _flat(root, base, classes, home)
         source = Source(train=train, val=val, classes=classes, val_name="validation", epochs=EPOCHS)
     names = _class_names(root, base)
-    return replace(source, classes=tuple(names.get(folder, folder) for folder in source.classes))
+    return replace(source, classes=tuple(_unique(names, source.classes)))
 
 
 def _flat(root: Path, base: Path, classes: tuple[str, ...], home: Path | None) -> EncodedImages:
@@ -127,6 +128,14 @@ def _class_names(root: Path, base: Path) -> dict[str, str]:
             pairs = (re.split(r"[ \t]", line, maxsplit=1) for line in _lines(found))
             return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
     return {}
+
+
+def _unique(names: Mapping[str, str], wnids: Sequence[str]) -> Iterator[str]:
+    """The name of each class; two of ImageNet's are "crane", and those have their WNID behind it."""
+    counts = Counter(names.get(wnid) for wnid in wnids)
+    for wnid in wnids:
+        name = names.get(wnid, wnid)
+        yield f"{name} ({wnid})" if counts[name] > 1 else name
 
 
 def _near(root: Path, base: Path, name: str) -> Path | None:

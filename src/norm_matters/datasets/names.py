@@ -44,7 +44,7 @@ class Names(Sequence[str]):
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
-                return self.take(np.arange(start, stop, step))
+                return self.take(np.array(range(start, stop, step), np.int64))  # np.arange takes no step of any size
             first = int(self.ends[start - 1]) if start else 0
             ends = self.ends[start:stop] - first
             return Names(self.blob[first : first + (int(ends[-1]) if len(ends) else 0)], ends)

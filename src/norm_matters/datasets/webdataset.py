@@ -3,8 +3,8 @@
 import glob
 import math
 import re
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,25 +35,40 @@ def read_webdataset(data: "DataConfig", argument: str) -> Source:
             train* only, those of that kind beside them.
     """
     train, val, val_name = find_shards(Path(data.dir or "").expanduser(), argument)
-    folder = train[0].parent
-    manifest = read_manifest(folder)
-    packed = packed_shards(folder, manifest) if manifest and manifest.format == "webdataset" else {}
+    folders = list(dict.fromkeys(file.parent for file in (*train, *val)))
+    packed: dict[Path, PackedShard] = {}
+    for folder in folders:
+        manifest = read_manifest(folder)
+        if manifest and manifest.format == "webdataset":
+            packed |= {folder / name: shard for name, shard in packed_shards(folder, manifest).items()}
     images = [read_shards(files, packed) for files in (train, val) if files]
-    classes = packed_classes(folder)
+    classes = _named_classes(folders)
     if classes is None:
         classes = numbered_classes(max(int(part.labels.max()) for part in images))
     return Source(train=images[0], val=images[1] if val else None, classes=classes, val_name=val_name)
 
 
-def read_shards(files: Sequence[Path], packed: dict[str, PackedShard]) -> StoredImages:
+def _named_classes(folders: Sequence[Path]) -> tuple[str, ...] | None:
+    """Names of the classes, which must be the same in every folder that has them; None where none has."""
+    named = [(folder, classes) for folder in folders if (classes := packed_classes(folder)) is not None]
+    for folder, classes in named[1:]:
+        first, expected = named[0]
+        if classes != expected:
+            pairs = enumerate(zip_longest(expected, classes))
+            label, (one, other) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+            raise UserError(f"the classes of {first} and {folder} differ: label {label} is {one!r} and {other!r}")
+    return named[0][1] if named else None
+
+
+def read_shards(files: Sequence[Path], packed: Mapping[Path, PackedShard]) -> StoredImages:
     """The images of tar shards.
 
     Args:
-        packed: file name -> what an index says of it.
+        packed: file -> what an index beside it says of it.
     """
     facts, shards = [], list[Shard]()
     for file in files:
-        known = packed.get(file.name)
+        known = packed.get(file)
         shards.append(known.shard if known else known_shard(file, scan_tar))
         facts.append(f"{file.name} {file.stat().st_size} {known.sha256 if known else ''}")
     return stored_images(files, shards, facts)

@@ -2,6 +2,7 @@
 
 import torch
 
+from norm_matters.core.distributed import gpu_of
 from norm_matters.core.errors import UserError
 from norm_matters.core.ranks import ONE_PROCESS, Ranks
 
@@ -10,7 +11,7 @@ def resolve_device(name: str, ranks: Ranks = ONE_PROCESS) -> torch.device:
     """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU. UserError where there is none.
 
     Args:
-        ranks: of several on a machine, each takes the GPU of its number there.
+        ranks: of several on a machine, each takes the GPU of its number there; see `core.distributed.gpu_of`.
     """
     if ranks.world > 1:
         return _device_of_rank(name, ranks)
@@ -37,12 +38,13 @@ def _device_of_rank(name: str, ranks: Ranks) -> torch.device:
     count = torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")
-    if ranks.local_rank >= count:
+    number = gpu_of(ranks, count)
+    if number >= count:
         raise UserError(
             f"device: process {ranks.local_rank} of this machine has no GPU of its own: torch sees {count} CUDA "
             "devices; start fewer processes, or take device=cpu"
         )
-    return torch.device("cuda", ranks.local_rank)
+    return torch.device("cuda", number)
 
 
 def check_device(name: str) -> None:

@@ -14,10 +14,14 @@ _WORDS = 624
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the streams of torch (every device), numpy and Python: tensors, and what JSON can hold."""
+    """Return the streams of torch (every device), numpy and Python: tensors, and what JSON can hold.
+
+    That of the current GPU is there twice: resumed elsewhere, this process may have one of another number.
+    """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors["cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         tensors["mps"] = torch.mps.get_rng_state()
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
@@ -37,6 +41,8 @@ def restore_rng(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         for i in range(torch.cuda.device_count()):
             if f"cuda:{i}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"cuda:{i}"].clone(), i)
+        if "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda"].clone())
     if torch.backends.mps.is_available() and "mps" in tensors:
         torch.mps.set_rng_state(tensors["mps"].clone())
     name, position, has_gauss, gauss = numbers["numpy"]

@@ -6,7 +6,7 @@ from norm_matters.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from norm_matters.packing.check import check_packed
-    from norm_matters.packing.pack import Packed, estimate_bytes, pack_dataset, plan_packing
+    from norm_matters.packing.pack import Packed, estimate_packing, pack_dataset, plan_packing
     from norm_matters.packing.settings import PackSettings, parse_bytes
     from norm_matters.packing.source import PackSource, open_source
     from norm_matters.packing.stats import DatasetStats, measure_dataset
@@ -18,7 +18,7 @@ __all__ = [
     "PackSource",
     "Packed",
     "check_packed",
-    "estimate_bytes",
+    "estimate_packing",
     "measure_dataset",
     "open_source",
     "pack_dataset",
@@ -32,7 +32,7 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "check": ("check_packed",),
-        "pack": ("Packed", "estimate_bytes", "pack_dataset", "plan_packing"),
+        "pack": ("Packed", "estimate_packing", "pack_dataset", "plan_packing"),
         "settings": ("PackSettings", "parse_bytes"),
         "source": ("PackSource", "open_source"),
         "stats": ("DatasetStats", "measure_dataset"),

@@ -1,5 +1,6 @@
 """Pack images into shards. Whoever is cut off goes on where it stopped, and ends with the same bytes."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -24,7 +25,14 @@ from norm_matters.packing.prepare import Prepared, Preparing
 from norm_matters.packing.settings import PackSettings
 from norm_matters.packing.source import PackSource
 from norm_matters.packing.workers import in_order
-from norm_matters.packing.writers import HashingStream, ending_of, pyarrow, scan_parquet, shard_writer
+from norm_matters.packing.writers import (
+    HashingStream,
+    bytes_in_shard,
+    ending_of,
+    pyarrow,
+    scan_parquet,
+    shard_writer,
+)
 from norm_matters.record.files import make_folder, remove_temporaries, stream_file, write_file
 from norm_matters.record.provenance import without_secrets
 
@@ -58,8 +66,8 @@ def plan_packing(source: PackSource, settings: PackSettings) -> dict[str, Any]:
         **{f"{name} sha256": images.digest() for name, images in source.parts.items()},
         **asdict(settings),
     }
-    # Whether broken images are refused or skipped, whole shards are the same.
-    del plan["bad_images"]
+    # Whether broken images are refused or skipped, whole shards are the same; but not where nobody looks for them.
+    plan["decoded"] = plan.pop("bad_images") != "keep"
     if settings.resize:
         plan["Pillow"] = PIL.__version__
     else:
@@ -69,13 +77,21 @@ def plan_packing(source: PackSource, settings: PackSettings) -> dict[str, Any]:
     return plan
 
 
-def estimate_bytes(source: PackSource) -> int:
-    """About how many bytes the images have, from a few of each part."""
-    total = 0
+def estimate_packing(source: PackSource, settings: PackSettings) -> tuple[int, int]:
+    """About how many shards there will be, and how many bytes in them, from a few images of each part.
+
+    What resizing saves is not known.
+    """
+    shards = total = 0
     for images in source.parts.values():
         chosen = np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int))
-        total += round(sum(len(images.content(int(index))) for index in chosen) / len(chosen) * len(images))
-    return total
+        sizes = np.array([len(images.content(int(index))) for index in chosen])
+        by_size = sizes.mean() * len(images) / settings.shard_bytes
+        by_count = len(images) / settings.shard_images if settings.shard_images else 0
+        # However small a shard is to be, an image fits.
+        shards += min(len(images), math.ceil(max(by_size, by_count, 1)))
+        total += round(bytes_in_shard(settings.format, sizes).mean() * len(images))
+    return shards, total
 
 
 def pack_dataset(

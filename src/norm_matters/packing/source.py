@@ -6,7 +6,7 @@ from pathlib import Path
 from norm_matters.core.config import DataConfig
 from norm_matters.core.errors import UserError, nearest
 from norm_matters.datasets import DATASETS, check_dataset
-from norm_matters.datasets.entry import check_labels
+from norm_matters.datasets.entry import check_labels, files_of
 from norm_matters.datasets.images import Images
 
 
@@ -36,11 +36,12 @@ def open_source(text: str, *, data_dir: str | None = None, download: bool = Fals
     Raises:
         UserError: there is neither; or its files are damaged, or contradict each other.
     """
-    name = _dataset_name(text)
-    check_dataset(name)
-    kind, _, argument = name.partition(":")
-    entry = DATASETS.get(kind)
-    source = (entry.read_encoded or entry.read)(DataConfig(name=name, dir=data_dir, download=download), argument)
+    with files_of(text):
+        name = _dataset_name(text)
+        check_dataset(name)
+        kind, _, argument = name.partition(":")
+        entry = DATASETS.get(kind)
+        source = (entry.read_encoded or entry.read)(DataConfig(name=name, dir=data_dir, download=download), argument)
     parts = {"train": source.train}
     if source.val is not None:
         parts[source.val_name] = source.val

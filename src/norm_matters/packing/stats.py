@@ -87,7 +87,11 @@ class DatasetStats:
             name: {
                 "images": part.images,
                 "bytes": part.bytes,
-                "per_class": dict(zip(self.classes, part.per_class, strict=True)),
+                # A list: nobody promises that the names of classes differ.
+                "per_class": [
+                    {"label": label, "class": self.classes[label], "images": count}
+                    for label, count in enumerate(part.per_class)
+                ],
                 "imbalance": part.imbalance if part.imbalance < float("inf") else None,
                 "shorter_side": dict(shorter_sides(part.sizes)),
                 "mean": part.mean,

@@ -48,6 +48,11 @@ def ending_of(kind: Format) -> str:
     return ".tar" if kind == "webdataset" else ".parquet"
 
 
+def bytes_in_shard(kind: Format, sizes: np.ndarray) -> np.ndarray:
+    """How many bytes a shard grows by images of so many: in a tar each has a header, padding, and a label likewise."""
+    return sizes + -sizes % RECORD + 3 * RECORD if kind == "webdataset" else sizes
+
+
 @final
 class HashingStream(io.RawIOBase):
     """Passes on what is written, counts it and hashes it."""
