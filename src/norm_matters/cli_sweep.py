@@ -4,13 +4,16 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from norm_matters.core import stopping
 from norm_matters.core.errors import UserError
 from norm_matters.progress import printable
 
@@ -163,7 +166,7 @@ def _grid(arguments: list[str], config: Path | None, parameters: dict[str, Any])
         raise UserError(*problems)
     # The config of a run names a folder, which is no setting.
     shared = {key: value for key, value in shared.items() if key not in ("output", "name")}
-    return override(Grid({**shared, **grid.base}, grid.axes, grid.exclude, grid.include), given), given
+    return override(replace(grid, base={**shared, **grid.base}), given), given
 
 
 def setting(option: str, text: str) -> tuple[str, Any]:
@@ -209,12 +212,19 @@ def _run(plan: "SweepPlan", command: list[str], retries: int, *, as_json: bool) 
 
 @contextmanager
 def terminable() -> Iterator[list[int]]:
-    """Within, SIGTERM is a KeyboardInterrupt; yields the signals that came."""
+    """Within, SIGTERM does what Ctrl-C does there; yields the signals that came."""
     came: list[int] = []
+    first = 0.0
 
     def interrupt(number: int, _: object) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if came and now - first <= stopping.ECHO:
+            return  # SLURM sends it to all processes, and srun passes it on
+        first = first if came else now
         came.append(number)
-        raise KeyboardInterrupt
+        # A run in this very process listens to it, and saves first.
+        signal.raise_signal(signal.SIGINT)
 
     if threading.current_thread() is not threading.main_thread():
         yield came

@@ -7,7 +7,7 @@ import pytest
 from norm_matters.core.config import RunConfig, load_config
 from norm_matters.core.errors import UserError
 from norm_matters.experiments.cells import Cell, label, make_cells
-from norm_matters.experiments.grid import parse_grid
+from norm_matters.experiments.grid import override, parse_grid
 from norm_matters.experiments.sweeping import completion
 from norm_matters.run import CHECKS, FREE_TO_CHANGE, complete
 
@@ -96,6 +96,18 @@ def test_excluded_runs_are_left_out_however_they_are_written() -> None:
         cells_of({"grid": grid, "exclude": [{"norm": "linf"}]})
     with pytest.raises(UserError, match="everything is excluded"):
         cells_of({"grid": grid, "exclude": [{"seed": [0, 1, 2]}]})
+
+
+def test_excluded_values_that_the_command_line_has_replaced_are_no_mistake() -> None:
+    grid = parse_grid({"grid": {"norm": ["l2", "l1"], "seed": [0, 3]}, "exclude": [{"norm": "l1", "seed": 3}]})
+
+    def count(**settings: list[Any]) -> int:
+        return len(make_cells(override(grid, settings), complete=filled, checks=CHECKS, free=FREE))
+
+    assert (count(), count(seed=[0]), count(seed=[3]), count(norm=["l2"])) == (3, 2, 1, 2)
+    broken = parse_grid({"grid": {"norm": ["l2", "l1"]}, "exclude": [{"norm": "linf"}]})
+    with pytest.raises(UserError, match="no run has"):
+        make_cells(override(broken, {"seed": [0]}), complete=filled, checks=CHECKS, free=FREE)
 
 
 def test_all_mistakes_of_all_cells_are_told_once() -> None:

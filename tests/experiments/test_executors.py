@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from norm_matters.core.config import RunConfig
-from norm_matters.core.errors import UserError
+from norm_matters.core.errors import StorageError, UserError
 from norm_matters.experiments.cells import Cell
 from norm_matters.experiments.executors import Placement, make_executor
-from norm_matters.experiments.executors.base import LOST, Task, run_task, spawn, thread_variables
+from norm_matters.experiments.executors.base import LOST, Task, first_line, run_task, spawn, thread_variables
+from norm_matters.experiments.executors.inline import InlineExecutor
 from norm_matters.experiments.executors.local import LocalExecutor
 from norm_matters.experiments.executors.slurm import SlurmExecutor, submitit_options
 
@@ -136,6 +137,24 @@ def test_more_processes_than_cores_are_not_pinned_and_gpus_are_dealt_out(task: C
     wait_for(lambda: all(job.status() == 0 for job in jobs))
     assert [text(each).splitlines()[0].split()[-1] for each in tasks] == ["0", "GPU-b", "0"]
     assert not any("--cores" in text(each) for each in tasks)
+
+
+@pytest.mark.usefixtures("launcher")
+def test_processes_that_leave_cores_to_others_are_not_pinned(task: Callable[..., Task]) -> None:
+    first, _ = LocalExecutor(jobs=1, threads=1, cores=[0, 1]), LocalExecutor(jobs=1, threads=1, cores=[0, 1])
+    each = task("0")
+    job = first.start(each)
+    wait_for(lambda: job.status() == 0)
+    assert "--cores" not in text(each)
+
+
+@pytest.mark.usefixtures("launcher")
+def test_closing_stops_what_an_interrupt_has_made_nobodys(task: Callable[..., Task]) -> None:
+    executor, waiting = LocalExecutor(jobs=1, threads=1, cores=[0]), task("wait", "0")
+    job = executor.start(waiting)
+    wait_for(lambda: text(waiting).count("\n") == 2)
+    executor.close()
+    assert job.status() == 130
 
 
 @pytest.mark.usefixtures("launcher")
@@ -262,6 +281,20 @@ def test_jobs_of_slurm(task: Callable[..., Task], tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("REFUSE", "1")
     with pytest.raises(UserError, match="invalid partition"):
         executor.start(task("0"))
+
+
+def test_the_words_of_a_library_are_one_line(tmp_path: Path) -> None:
+    assert [first_line(error) for error in (RuntimeError("a\nb"), RuntimeError(), ValueError("\n"))] == [
+        "a",
+        "RuntimeError",
+        "ValueError",
+    ]
+
+
+def test_a_log_that_cannot_be_written_is_an_error_of_the_disk(task: Callable[..., Task], tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(StorageError, match="cannot write"):
+        InlineExecutor(threads=1).start(task("0"))
 
 
 def test_a_job_without_a_result_is_lost() -> None:

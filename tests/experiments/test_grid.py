@@ -96,6 +96,27 @@ def test_the_command_line_wins() -> None:
     assert [(each["train.epochs"], each["seed"]) for each in found] == [(3, 7), (3, 8), (5, 7), (5, 8)]
 
 
+def test_the_command_line_wins_in_included_runs_too() -> None:
+    document = {"grid": {"norm": ["l2"], "seed": "0..2"}, "include": [{"norm": "linf", "epochs": 3, "seed": "0..1"}]}
+    grid = parse_grid(document)
+
+    def runs(**settings: list) -> list[tuple]:
+        found = override(grid, settings).combinations()
+        return [(each["model.norm"], each["seed"], each.get("train.epochs")) for each in found]
+
+    assert runs(epochs=[1]) == [("l2", seed, 1) for seed in range(3)] + [("linf", seed, 1) for seed in range(2)]
+    assert runs(seed=[7]) == [("l2", 7, None), ("linf", 7, 3)]
+    assert runs(seed=[7, 8]) == [("l2", 7, None), ("l2", 8, None), ("linf", 7, 3), ("linf", 8, 3)]
+    assert runs(norm=["l1"], seed=[7]) == [("l1", 7, None), ("l1", 7, 3)]
+
+
+def test_a_grid_of_nothing_but_included_runs_stays_one_on_the_command_line() -> None:
+    grid = parse_grid({"include": [{"norm": "l1"}, {"norm": "linf"}]})
+    assert list(override(grid, {"seed": [0, 1]}).combinations()) == [
+        {"model.norm": norm, "seed": seed} for norm in ("l1", "linf") for seed in (0, 1)
+    ]
+
+
 @pytest.mark.parametrize(
     ("document", "words"),
     [
@@ -124,6 +145,9 @@ def test_too_large_grids_are_refused_before_they_are_made() -> None:
     grid = parse_grid({"grid": dict.fromkeys(("seed", "train.epochs", "data.batch_size"), "0..999")})
     with pytest.raises(UserError, match="1,000,000,000 runs"):
         next(grid.combinations())
+    included = [{"seed": "0..9999"}, {"seed": "10000..19999"}]
+    with pytest.raises(UserError, match="20,001 runs"):
+        next(parse_grid({"grid": {"seed": [0]}, "include": included}).combinations())
 
 
 def test_files(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Runs within the process of their sweep: the same results, logs and failures as of processes of their own."""
 
 import csv
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from norm_matters import run as run_module
+from norm_matters.cli_sweep import terminable
 from norm_matters.core.errors import NumericalError, PreemptedError
 from norm_matters.experiments import runner, sweep
 from norm_matters.experiments.executors import Placement, make_executor, parallel_runs
@@ -97,11 +101,53 @@ def test_an_error_of_ours_is_told_too(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_what_ends_a_run_from_outside_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
         raise PreemptedError("preempted by SIGTERM")
 
     monkeypatch.setattr(run_module, "train", fail)
     with pytest.raises(KeyboardInterrupt):
         sweep(SETTINGS, output=tmp_path, executor="inline")
+
+
+def after_an_epoch(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Have new runs do this when they have their first epoch."""
+    train = run_module.train
+
+    def acting(*arguments: Any, **options: Any) -> Any:
+        def follow(event: Any) -> None:
+            if event.row is not None and event.row["epoch"] == 1:
+                act()
+
+        return train(*arguments, **{**options, "on_progress": follow})
+
+    monkeypatch.setattr(run_module, "train", acting)
+
+
+def test_sigterm_ends_a_run_as_its_own_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after_an_epoch(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt), terminable() as signals:
+        sweep(SETTINGS, output=tmp_path, executor="inline")
+    assert signals == [signal.SIGTERM]
+    with (tmp_path / "runs.csv").open() as stream:
+        first, second = csv.DictReader(stream)
+    assert (first["status"], first["epoch"]) == ("cut off", "1")
+    assert (second["status"], second["epoch"]) == ("new", "0")
+    # Of the two steps of an epoch: it was asked after the second.
+    assert os.readlink(tmp_path / first["run"] / "checkpoints" / "last") == "step-000000003"
+    assert "stopped: KeyboardInterrupt" in (tmp_path / first["run"] / "log.txt").read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_run_whose_time_is_over_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_is_over() -> None:
+        raise PreemptedError("preempted by the end of its time (train.max_time=1h)")
+
+    with monkeypatch.context() as patch:
+        after_an_epoch(patch, time_is_over)
+        assert not sweep(SETTINGS, output=tmp_path / "cut", executor="inline").failed
+    assert [log.read_text().count(": norm-matters train ") for log in (tmp_path / "cut" / "logs").iterdir()] == [2, 2]
+    sweep(SETTINGS, output=tmp_path / "whole", executor="inline")
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
 def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from norm_matters.core.config import RunConfig
+from norm_matters.core.errors import UserError
 from norm_matters.experiments import runner
 from norm_matters.experiments.cells import Cell, make_cells
 from norm_matters.experiments.executors.base import Task
@@ -16,6 +17,7 @@ from norm_matters.experiments.grid import parse_grid
 from norm_matters.experiments.locks import IN_USE, holder
 from norm_matters.experiments.runner import Run, run_cells, runs_of
 from norm_matters.experiments.standing import conflicts, find_standing, is_done, is_unborn, lock_path, log_path
+from norm_matters.record import save_checkpoint
 from norm_matters.run import complete
 
 # Holds a lock, says so, and waits for the end of its input.
@@ -32,6 +34,7 @@ HOLD_AND_EXEC = """
 import os, sys
 from pathlib import Path
 from norm_matters.experiments.locks import hold
+from norm_matters.record import save_checkpoint
 assert hold(Path(sys.argv[1])) is None
 program = "import os, sys; os.fork() or os._exit(0); os.wait(); print('held', flush=True); sys.stdin.read()"
 os.execv(sys.executable, [sys.executable, "-c", program])
@@ -111,6 +114,12 @@ def test_standings(tmp_path: Path, cells: list[Cell], make_run: Callable[..., Pa
     shutil.rmtree(tmp_path / done.name / "checkpoints")  # deleted to save space
     assert is_done(tmp_path / done.name, 2)
     assert not is_done(tmp_path / new.name, 2)
+    # Paused in the evaluation of its last epoch, and killed after that epoch's row: the step is that of the end.
+    half = make_run(tmp_path / "other", done, [50.0, 40.0])
+    save_checkpoint(half, step=22, model={}, training={}, state={"epoch": 1}, best=False)
+    assert not is_done(half, 2)
+    # Of one epoch, and the disk was full when its checkpoint was to be written.
+    assert not is_done(make_run(tmp_path / "another", done, [50.0], checkpoint=0), 1)
     with (tmp_path / cut_off.name / "results.csv").open("a") as stream:
         stream.write("no,row\n")
     assert find_standing(cut_off, tmp_path).status == "cut off"
@@ -167,6 +176,41 @@ def test_a_failure_does_not_stop_the_rest_and_is_told(
     assert executor.started.count(bad.name) == 2
 
 
+class FullExecutor(PretendExecutor):
+    """Refuses what is more than `limit` jobs."""
+
+    def __init__(self, train: Callable[[Task], int], limit: int) -> None:
+        super().__init__(self._ending(train), capacity=10)
+        self.limit, self.running, self.refused = limit, 0, 0
+
+    def _ending(self, train: Callable[[Task], int]) -> Callable[[Task], int]:
+        def end(task: Task) -> int:
+            self.running -= 1
+            return train(task)
+
+        return end
+
+    def start(self, task: Task) -> PretendJob:
+        if self.running == self.limit:
+            self.refused += 1
+            raise UserError("--executor slurm: the queue is full")
+        self.running += 1
+        return super().start(task)
+
+
+def test_what_is_refused_is_started_when_a_job_has_ended(
+    tmp_path: Path, cells: list[Cell], train: Callable[[Task], int]
+) -> None:
+    executor, runs = FullExecutor(train, limit=2), runs_in(tmp_path, cells)
+    run_cells(runs, tmp_path, executor)
+    assert [run.status for run in runs] == ["done"] * 4
+    assert executor.started == [cell.name for cell in cells]
+    assert (executor.refused, executor.stopped) == (1, 0)
+    shutil.rmtree(tmp_path / cells[0].name)
+    with pytest.raises(UserError, match="the queue is full"):
+        run_cells(runs_in(tmp_path, cells), tmp_path, FullExecutor(train, limit=0))
+
+
 def test_a_preempted_run_is_resumed_as_long_as_it_comes_further(
     tmp_path: Path, cells: list[Cell], make_run: Callable[..., Path], train: Callable[[Task], int]
 ) -> None:
@@ -210,6 +254,20 @@ def test_an_interrupt_ends_the_jobs_and_tells_how_far_they_came(
     assert executor.stopped == 1
     assert [run.status for run in runs] == ["done", "cut off", "new", "new"]
     assert runs[1].epoch == 1
+
+
+def test_an_interrupt_while_a_run_is_started_tells_how_far_it_came(
+    tmp_path: Path, cells: list[Cell], make_run: Callable[..., Path]
+) -> None:
+    class Interrupted(PretendExecutor):
+        def start(self, task: Task) -> PretendJob:
+            make_run(tmp_path, cells[0], [50.0], checkpoint=1)
+            raise KeyboardInterrupt
+
+    runs = runs_in(tmp_path, cells)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(runs, tmp_path, Interrupted(lambda _: 0))
+    assert [(run.status, run.epoch) for run in runs[:2]] == [("cut off", 1), ("new", 0)]
 
 
 def test_a_lock_lasts_as_long_as_its_process_whatever_program_that_goes_on_with(tmp_path: Path) -> None:
@@ -277,6 +335,47 @@ def test_a_job_that_finds_its_run_in_use_is_no_failure(
     assert seen == ["queued", "elsewhere", "done"]
 
 
+def test_a_run_that_is_trained_by_hand_is_waited_for(
+    tmp_path: Path, cells: list[Cell], make_run: Callable[..., Path], train: Callable[[Task], int]
+) -> None:
+    """`norm-matters train --resume` holds the lock of the run folder, and none of a sweep."""
+    folder, by_hand = make_run(tmp_path, cells[0], [50.0]), list[subprocess.Popen[str]]()
+
+    def hold() -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(folder / ".lock")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        by_hand.append(process)
+
+    def taken(task: Task) -> int:
+        # Between the look at the run and the job's start.
+        if by_hand:
+            return train(task)
+        hold()
+        return IN_USE
+
+    looks = 0
+
+    def follow(runs: Sequence[Run], _: Run | None) -> None:
+        nonlocal looks
+        looks += runs[0].status == "elsewhere"
+        if looks == 1:
+            assert str(by_hand[0].pid) in (runs[0].holder or "")
+            assert find_standing(cells[0], tmp_path).status == "elsewhere"
+        if looks == 5:
+            by_hand[0].communicate("")
+
+    executor, runs = PretendExecutor(taken), runs_in(tmp_path, cells[:1])
+    run_cells(runs, tmp_path, executor, on_change=follow)
+    assert runs[0].status == "done"
+    assert len(executor.started) == 2
+
+
 def test_a_folder_of_another_configuration_is_an_error_that_names_the_keys(
     tmp_path: Path, cells: list[Cell], make_run: Callable[..., Path]
 ) -> None:
@@ -288,6 +387,23 @@ def test_a_folder_of_another_configuration_is_an_error_that_names_the_keys(
     (problem,) = conflicts(changed, tmp_path, {"data.workers"})
     assert problem.startswith(f"data.batch_size: the run in '{tmp_path / cell.name}' has 128, not 7")
     assert len(conflicts(changed, tmp_path, ())) == 2
+
+
+def test_a_data_folder_is_the_same_however_it_is_written(
+    tmp_path: Path, make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def cell_of(folder: str | None) -> Cell:
+        return Cell("run", filled(RunConfig.model_validate({"data": {"dir": folder}})), {})
+
+    make_run(tmp_path, cell_of("images"))
+    for same in ("./images/", str(tmp_path / "images")):
+        assert conflicts(cell_of(same), tmp_path, ()) == []
+    for other in ("photos", None):
+        (problem,) = conflicts(cell_of(other), tmp_path, ())
+        assert problem.startswith("data.dir: the run in ")
+    assert conflicts(cell_of("photos"), tmp_path, {"data.dir"}) == []
 
 
 def test_what_a_process_leaves_that_dies_at_its_start_is_no_run_and_not_in_the_way(

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 
 import norm_matters as nm
 from norm_matters.cli import main
+from norm_matters.cli_sweep import terminable
+from norm_matters.core import stopping
 from norm_matters.core.errors import UserError
 from norm_matters.core.yaml import read_yaml
 from norm_matters.experiments.cells import Cell
@@ -152,13 +156,57 @@ def test_a_run_with_other_settings_under_the_same_name_is_refused(
     assert "resnet8-l1-digits-2ep-s0' has 64, not 128" in line
 
 
+@pytest.mark.parametrize(("key", "option"), [("regime.norms", "regime.norms={}"), ("data.dir", "data.dir={}")])
+def test_a_run_made_from_other_files_under_the_same_name_is_refused(
+    key: str,
+    option: str,
+    tmp_path: Path,
+    make_run: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    grid = as_grid({"epochs": 2, "device": "cpu", key: "a"})
+    (cell,) = plan_sweep(grid, output=tmp_path).cells
+    assert cell.name == "resnet8-l2-digits-2ep-s0"
+    make_run(tmp_path, cell, [50.0, 40.0])
+    arguments = ["sweep", "--epochs=2", "--device=cpu", "--dry-run", "--output", str(tmp_path)]
+    assert main([*arguments, option.format("b")]) == 2
+    assert f"error: {key}: the run in '{tmp_path / cell.name}' has " in capsys.readouterr().err
+    for same in ("a", f"{tmp_path}/a"):
+        assert main([*arguments, option.format(same)]) == 0
+        assert capsys.readouterr().out.startswith(f"{cell.name}  done")
+
+
+def test_sweep_yaml_of_settings_given_anew_is_a_grid(
+    finished: Path, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("grid") / "grid.yaml"
+    file.write_text("grid: {norm: [l2, l1], seed: 0..4}\nexclude: [{norm: l1, seed: [3, 4]}]\n")
+    options = ["--device", "cpu", "--output", str(finished)]
+    assert main(["sweep", str(file), "seed=0..2", "--epochs", "2", *options]) == 0
+    assert main(["sweep", str(finished / "sweep.yaml"), *options]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminable() as signals:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals == [signal.SIGTERM]
+        monkeypatch.setattr(stopping, "ECHO", 0.0)
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_failed_runs_are_listed_and_the_status_is_1(
     finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = cells_in(finished)[0]
     (finished / cell.name / "results.csv").unlink()
     # A real process, that finds a damaged run and ends with status 2 before it trains.
-    (finished / cell.name / "config.yaml").write_text((finished / cell.name / "config.yaml").read_text())
     (finished / cell.name / "checkpoints" / "last").unlink()
     (finished / cell.name / "checkpoints" / "last").symlink_to("step-000000099")
     assert main(["sweep", *GRID, "--output", str(finished)]) == 1

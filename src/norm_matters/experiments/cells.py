@@ -75,7 +75,7 @@ def make_cells(
     Args:
         complete: see `Complete`.
         checks: see `load_config`.
-        free: keys that no result depends on; no part of a name unless they are varied.
+        free: keys that are no part of a name unless they are varied.
 
     Raises:
         UserError: with every mistake of every cell, each once.
@@ -167,7 +167,7 @@ def _without_excluded(
             for index, config in enumerate(configs[:own])
             if all(value_of(config, key) in values for key, values in choices.items())
         }
-        if not hits:
+        if not hits and not grid.anew.intersection(entry):
             text = ", ".join(f"{key}: {values}" for key, values in entry.items())
             problems.append(f"exclude: no run has {text}")
         excluded |= hits

@@ -1,5 +1,6 @@
 """A grid of settings, from a file, the command line or Python: what is the same in all runs, and what is varied."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,12 +35,14 @@ class Grid:
         axes: name -> the points on this axis; each point sets one key, or several that go together.
         exclude: a combination that has all the values of one of these is left out; a value may be a list (any of them).
         include: combinations beside the product, upon the base.
+        anew: keys that were set anew, so that `exclude` may name values of them that no run has.
     """
 
     base: Settings
     axes: Mapping[str, Sequence[Settings]]
     exclude: Sequence[Settings] = ()
     include: Sequence[Settings] = ()
+    anew: frozenset[str] = frozenset()
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """The settings of every run, `exclude` not yet applied.
@@ -52,12 +55,11 @@ class Grid:
             for other, others in list(zip(self.axes, keys, strict=True))[:index]:
                 if own & others:
                     raise UserError(f"grid: '{other}' and '{name}' both set {', '.join(sorted(own & others))}")
-        count = len(self.include)
-        for size, points in enumerate(self.axes.values()):
-            count = (count if size else 1) * len(points)
+        has_product = bool(self.axes) or not self.include
+        count = len(self.include) + has_product * math.prod(map(len, self.axes.values()))
         if count > MAX_CELLS:
             raise UserError(f"grid: {count:,} runs; a sweep takes {MAX_CELLS:,} at most")
-        if self.axes or not self.include:
+        if has_product:
             for points in product(*self.axes.values()):
                 yield {key: value for point in ({**self.base}, *points) for key, value in point.items()}
         for extra in self.include:
@@ -85,8 +87,10 @@ def read_grid(file: Path) -> Grid:
         UserError: with every mistake of its form; whether keys and values exist is found out with the configurations.
     """
     document = read_mapping(file)
-    document.pop("history", None)  # of a sweep.yaml
-    return parse_grid(document, str(file))
+    # A sweep.yaml has one, and its sweep may have set keys anew.
+    recorded = document.pop("history", None) is not None
+    grid = parse_grid(document, str(file))
+    return replace(grid, anew=frozenset(key for entry in grid.exclude for key in entry)) if recorded else grid
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
@@ -162,19 +166,29 @@ def override(grid: Grid, settings: Mapping[str, Sequence[Any]]) -> Grid:
     """The grid with some keys set anew, as the command line does.
 
     Args:
-        settings: key -> values; one value goes to the base and replaces an axis, several are an axis.
+        settings: key -> values, for the included runs too; one value goes to the base and replaces an axis, several
+            are an axis.
     """
-    base, axes = dict(grid.base), dict(grid.axes)
-    for name, values in settings.items():
-        key = full_key(name)
+    base, axes, include = dict(grid.base), dict(grid.axes), [dict(entry) for entry in grid.include]
+    given = {full_key(name): values for name, values in settings.items()}
+    for key, values in given.items():
         kept = {axis: [{k: v for k, v in point.items() if k != key} for point in axes[axis]] for axis in axes}
         axes = {axis: values for axis, values in kept.items() if any(values)}
         base.pop(key, None)
+        others = [{k: v for k, v in entry.items() if k != key} for entry in include]
+        include = list({repr(entry): entry for entry in others}.values())
         if len(values) == 1:
             base[key] = values[0]
-        else:
-            axes[key] = points(key, values)
-    changed = replace(grid, base=base, axes=axes)
+            continue
+        found = points(key, values)
+        include = [{**entry, **point} for entry in include for point in found]
+        if grid.axes or not include:
+            axes[key] = found
+    if grid.axes and include and not axes:
+        # Without an axis there would be the included runs alone.
+        key = next(iter(given))
+        axes[key] = [{key: base[key]}]
+    changed = replace(grid, base=base, axes=axes, include=include, anew=grid.anew.union(given))
     if problems := _own_keys(changed):
         raise UserError(*problems)
     return changed

@@ -132,7 +132,7 @@ def _keys(config: RunConfig) -> list[tuple[str | None, ...]]:
     name = f"{model.name} {model.options}" if model.options else model.name
     size, batch = f"{data.input_size}", f"{data.batch_size}"
     # Statistics in simulated formats take several times as long as any others.
-    simulated = "simulated" if "_format=" in model.norm else None
+    simulated = "simulated" if "_format=" in (model.norm or "") else None
     return [
         (name, data.name, size, model.norm, config.train.precision, batch, config.device),
         (name, data.name, size, model.norm, batch),

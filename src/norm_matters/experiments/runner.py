@@ -9,14 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from norm_matters.core.errors import PreemptedError
+from norm_matters.core.errors import PreemptedError, UserError
 from norm_matters.experiments.cells import Cell
 from norm_matters.experiments.executors.base import Executor, Job, Task, thread_variables
-from norm_matters.experiments.locks import IN_USE, holder
-from norm_matters.experiments.standing import LOCKS, Standing, Status, is_done, lock_path, log_path, read_rows
+from norm_matters.experiments.locks import IN_USE
+from norm_matters.experiments.standing import (
+    LOCKS,
+    Standing,
+    Status,
+    is_done,
+    lock_path,
+    log_path,
+    read_rows,
+    trained_by,
+)
 from norm_matters.experiments.summary import Outcome
 from norm_matters.record.files import make_folder
-from norm_matters.record.folder import CHECKPOINTS, LAST
+from norm_matters.record.folder import CHECKPOINTS, LAST, is_run
 
 POLL = 0.2
 """Seconds between two looks at the jobs."""
@@ -97,21 +106,34 @@ def run_cells(
 
     Raises:
         KeyboardInterrupt: passed on, after the processes have been ended cleanly.
+        UserError: the executor takes not even one run.
     """
     assert {name for names in (after or {}).values() for name in names} <= {run.cell.name for run in runs}
     make_folder(output / LOCKS)
     environment = thread_variables(threads)
     waiting = deque(run for run in runs if run.status in ("new", "cut off"))
     tell = on_change or (lambda _runs, _run: None)
+    room = executor.capacity
     try:
         while not all(run.ended for run in runs):
             active = [run for run in runs if run.job]
+            if len(active) < room:
+                room = executor.capacity
             for run in _give_up(waiting, runs, after or {}):
                 tell(runs, run)
-            while len(active) < executor.capacity and (run := _next_ready(waiting, runs, after or {})):
-                run.job = executor.start(_task(run.cell, output, environment))
-                run.starts, run.started = run.starts + 1, time.monotonic()
-                run.saved = _last_saved(output / run.cell.name)
+            while len(active) < room and (run := _next_ready(waiting, runs, after or {})):
+                # Before the start, during which an executor may train it.
+                saved, started = _last_saved(output / run.cell.name), time.monotonic()
+                try:
+                    run.job = executor.start(_task(run.cell, output, environment))
+                except UserError:
+                    if not active:
+                        raise
+                    # A queue that is full, most likely: there is room again when a job has ended.
+                    waiting.appendleft(run)
+                    room = len(active)
+                    break
+                run.starts, run.started, run.saved = run.starts + 1, started, saved
                 run.status = "queued"
                 active.append(run)
                 tell(runs, run)
@@ -129,12 +151,10 @@ def run_cells(
             # Many jobs are looked at less often: their files may lie on a disk that many share.
             time.sleep(max(POLL, 0.02 * len(active)))
     except BaseException:
-        active = [run for run in runs if run.job]
-        executor.stop([run.job for run in active if run.job])
-        for run in active:
-            run.job = None
-            run.rows = read_rows(output / run.cell.name)
-            run.status = "done" if is_done(output / run.cell.name, run.cell.epochs) else "cut off"
+        executor.stop([run.job for run in runs if run.job])
+        for run in runs:
+            if not run.ended:
+                _look_at_last(run, output)
         raise
 
 
@@ -173,7 +193,7 @@ def _look_at_job(run: Run, output: Path, retries: int) -> bool:
     if is_done(folder, run.cell.epochs):
         run.status, run.error = "done", ""
     elif exit_status == IN_USE:
-        run.status, run.holder = "elsewhere", holder(lock_path(output, run.cell))
+        run.status, run.holder = "elsewhere", trained_by(run.cell, output)
     elif exit_status == PreemptedError.exit_status and _last_saved(folder) != run.saved:
         # It was asked to stop, or its time was over, and it came further: no failure.
         run.status, run.starts = "cut off", run.starts - 1
@@ -181,6 +201,16 @@ def _look_at_job(run: Run, output: Path, retries: int) -> bool:
         run.error = _last_error(log_path(output, run.cell), exit_status)
         run.status = "failed" if run.starts > retries else "cut off"
     return True
+
+
+def _look_at_last(run: Run, output: Path) -> None:
+    """Bring a run up to date for which nothing more is done."""
+    folder = output / run.cell.name
+    run.job, run.rows = None, read_rows(folder)
+    if is_done(folder, run.cell.epochs):
+        run.status = "done"
+    elif run.status != "elsewhere":
+        run.status = "cut off" if is_run(folder) else "new"
 
 
 def _last_saved(folder: Path) -> str | None:
@@ -195,7 +225,7 @@ def _look_elsewhere(run: Run, output: Path) -> bool:
     """See whether a run that another process trains is done, or free; whether its status has changed."""
     folder = output / run.cell.name
     run.rows = read_rows(folder)
-    run.holder = holder(lock_path(output, run.cell))
+    run.holder = trained_by(run.cell, output)
     if run.holder:
         return False
     run.status = "done" if is_done(folder, run.cell.epochs) else "cut off"

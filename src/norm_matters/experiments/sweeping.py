@@ -28,6 +28,8 @@ from norm_matters.models.trust import check_trusted, read_code, trust_named_file
 from norm_matters.record.files import make_folder, write_file
 
 SWEEP_FILE = "sweep.yaml"
+# A resume may name them anew, since it looks at what it finds there; nobody looks for a run that is done.
+_SOURCES = {"data.dir", "regime.norms"}
 _MOST_CONFLICTS = 20
 
 
@@ -184,7 +186,7 @@ def plan_sweep(
         if name.endswith(".py"):
             check_trusted(Path(name), hashlib.sha256(read_code(Path(name))).hexdigest())
     compared = find_baseline(baseline, cells, complete) if baseline else None
-    problems = [problem for cell in cells for problem in conflicts(cell, output, free)]
+    problems = [problem for cell in cells for problem in conflicts(cell, output, free - _SOURCES)]
     if len(problems) > _MOST_CONFLICTS:
         problems[_MOST_CONFLICTS:] = [f"and {len(problems) - _MOST_CONFLICTS} more like these"]
     if problems:

@@ -154,7 +154,7 @@ class ExperimentPlan:
         """Raise UserError where a folder is in the way, or holds a run with other settings."""
         from norm_matters.run import FREE_TO_CHANGE
 
-        free = FREE_TO_CHANGE - {"train.epochs"}
+        free = FREE_TO_CHANGE - {"train.epochs", "data.dir"}
         problems = [problem for member in members for problem in conflicts(member.cell, self.runs, free)]
         if problems:
             raise UserError(*dict.fromkeys(problems[:20]))

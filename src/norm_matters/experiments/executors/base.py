@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from norm_matters.core.errors import StorageError
-from norm_matters.record.files import FILE_MODE, make_folder
+from norm_matters.record.files import FILE_MODE, make_folder, storing
 
 LAUNCHER = "norm_matters.experiments.start"
 LOST = 70
@@ -55,7 +54,7 @@ class Executor(Protocol):
     capacity: int
 
     def start(self, task: Task) -> Job:
-        """Start a task, or put it into a queue that will."""
+        """Start a task, or put it into a queue that will; UserError where it is not taken."""
         ...
 
     def stop(self, jobs: Sequence[Job]) -> None:
@@ -63,7 +62,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of everything; no job is running."""
+        """Let go of everything."""
         ...
 
 
@@ -87,12 +86,7 @@ def spawn(task: Task, *options: str, environment: Mapping[str, str] | None = Non
     Raises:
         StorageError: the log cannot be written.
     """
-    log = Path(task.log)
-    try:
-        make_folder(log.parent)
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, FILE_MODE)
-    except OSError as error:
-        raise StorageError(f"cannot write {log}: {error.strerror or error}") from error
+    descriptor = open_log(Path(task.log))
     try:
         return subprocess.Popen(
             # -P: the folder that it is started in may be full of a stranger's files, modules among them.
@@ -106,6 +100,22 @@ def spawn(task: Task, *options: str, environment: Mapping[str, str] | None = Non
         )
     finally:
         os.close(descriptor)
+
+
+def open_log(path: Path) -> int:
+    """A descriptor that appends to the log of a task.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    make_folder(path.parent)
+    with storing(path):
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, FILE_MODE)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:

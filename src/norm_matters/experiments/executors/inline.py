@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from norm_matters.core import stopping
 from norm_matters.core.config import load_config
-from norm_matters.core.errors import PreemptedError, UserError
+from norm_matters.core.errors import UserError
 from norm_matters.experiments import start
-from norm_matters.experiments.executors.base import Executor, Job, Task
+from norm_matters.experiments.executors.base import Executor, Job, Task, open_log
 from norm_matters.experiments.locks import IN_USE, hold
 from norm_matters.experiments.standing import is_done, remove_unborn
 from norm_matters.record.folder import is_run
@@ -46,9 +47,8 @@ class InlineExecutor(Executor):
 
     def start(self, task: Task) -> InlineJob:
         """See `Executor`."""
-        log = Path(task.log)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        log = os.fdopen(open_log(Path(task.log)), "a")
+        with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             return InlineJob(self._train(task))
 
     def stop(self, jobs: Sequence[Job]) -> None:
@@ -71,20 +71,29 @@ class InlineExecutor(Executor):
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            _train_or_resume(arguments.folder, arguments.settings)
-        except PreemptedError:
-            # It is the sweep that has been asked to end.
-            raise KeyboardInterrupt from None
-        except UserError as error:
-            for problem in error.problems:
-                print(f"error: {problem}")
-            return error.exit_status
-        except Exception:
-            traceback.print_exc()
-            return 1
+            # Around the run, so that a signal that ends it is not forgotten with it.
+            with stopping.listening(*stopping.PREEMPTING):
+                status = _status_of_run(arguments.folder, arguments.settings)
+                if stopping.requested():
+                    # It is the sweep that has been asked to end.
+                    raise KeyboardInterrupt
+                return status
         finally:
             torch.set_num_threads(before)
-        return 0
+
+
+def _status_of_run(folder: Path, settings: Sequence[str]) -> int:
+    """Train; the exit status of a process that had done it."""
+    try:
+        _train_or_resume(folder, settings)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}")
+        return error.exit_status
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _train_or_resume(folder: Path, settings: Sequence[str]) -> None:

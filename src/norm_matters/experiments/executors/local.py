@@ -33,7 +33,8 @@ class LocalExecutor(Executor):
 
     Args:
         jobs: processes at a time.
-        threads: cores of each; they are pinned to them as long as there are enough for all.
+        threads: cores of each; they are pinned to them where they take all cores, and no more: else another sweep
+            may have some, and would take the same.
         cores: to deal out.
         gpus: values of CUDA_VISIBLE_DEVICES to deal out, one for each process in turns; none: it is left alone. With
             them, each process takes an equal share of the cores, for the threads that read images.
@@ -45,7 +46,7 @@ class LocalExecutor(Executor):
         self._free = list(range(jobs))
         width = max(threads, len(cores) // jobs) if gpus else threads
         self._cores = [cores[slot * width : (slot + 1) * width] for slot in range(jobs)]
-        if jobs * width > len(cores):
+        if jobs * width > len(cores) or (not gpus and (jobs + 1) * width <= len(cores)):
             self._cores = [[] for _ in range(jobs)]
         self._jobs: list[LocalJob] = []
 
@@ -75,8 +76,8 @@ class LocalExecutor(Executor):
                     process.wait()
 
     def close(self) -> None:
-        """See `Executor`."""
-        assert not self._running(), "stop() comes first"
+        """See `Executor`; stops what an interrupt has kept from being known as a job."""
+        self.stop(self._running())
 
     def _running(self) -> list[LocalJob]:
         return [job for job in self._jobs if job.status() is None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from norm_matters.core.errors import UserError
-from norm_matters.experiments.executors.base import LOST, Executor, Job, Task, run_task
+from norm_matters.experiments.executors.base import LOST, Executor, Job, Task, first_line, run_task
 
 
 @final
@@ -58,7 +58,7 @@ class RayExecutor(Executor):
         try:
             ray.init(address=address or "local", **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"--ray-address '{address}': {str(error).splitlines()[0]}") from None
+            raise UserError(f"--ray-address '{address}': {first_line(error)}") from None
         # ray has this process end at once at SIGTERM, whatever it was told before.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminated)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from norm_matters.core.errors import UserError
-from norm_matters.experiments.executors.base import LOST, Executor, Job, Task, run_task
+from norm_matters.experiments.executors.base import LOST, Executor, Job, Task, first_line, run_task
 
 # What submitit knows for every kind of cluster, and what a job asks for unless told otherwise.
 _SHARED = {"name", "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node"}
@@ -68,7 +68,7 @@ class SlurmExecutor(Executor):
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self._executor.update_parameters(**parameters)
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
-            raise UserError(f"--executor slurm: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--executor slurm: {first_line(error)}") from None
         self.capacity = jobs or 10**6
 
     def start(self, task: Task) -> SlurmJob:
