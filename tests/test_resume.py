@@ -1,6 +1,7 @@
 """A run that was killed and resumed equals one that was not, to the bit; and the test would notice if it did not."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from norm_matters.core.config import RunConfig, load_config
+from norm_matters import resuming
+from norm_matters.core.config import RunConfig, dump_config, load_config
 from norm_matters.core.errors import UserError
 from norm_matters.models.trust import trust_file
 from norm_matters.record import TIMING_COLUMNS, find_checkpoint, load_checkpoint, save_checkpoint, trim_table
-from norm_matters.run import CHECKS, resume, train
+from norm_matters.resuming import read_run
+from norm_matters.run import CHECKS, complete, resume, train
 
 MODEL = """
 import torch.nn as nn
@@ -208,6 +211,42 @@ def test_a_finished_run_resumes_to_itself(folder, undisturbed) -> None:
 def test_settings_that_contradict_the_run_are_refused(undisturbed, override: str) -> None:
     with pytest.raises(UserError, match=override.partition("=")[0]):
         resume(undisturbed, overrides=[override])
+
+
+def test_settings_may_be_repeated_as_they_were_given(folder, undisturbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record has full paths and canonical norms."""
+    monkeypatch.chdir(folder)
+    resume(undisturbed, overrides=["model.name=own.py", "data.name=imagefolder:images", "name=undisturbed"])
+    with pytest.raises(UserError, match=r"name: the run in .* has None, not 'other'"):
+        resume(undisturbed, overrides=["name=other"])
+    (folder / "another.py").write_text(MODEL)
+    with pytest.raises(UserError, match=r"model\.name: the run in .*/own\.py', not '.*/another\.py'"):
+        resume(undisturbed, overrides=["model.name=another.py"])
+
+
+@pytest.mark.parametrize(("norm", "same"), [("topk", True), ("topk: k=10", True), ("topk:k=9", False)])
+def test_a_norm_may_be_repeated_in_other_words(tmp_path: Path, norm: str, same: bool) -> None:
+    recorded = complete(load_config(overrides=["model.norm=topk:k=10"]), epochs=3)
+    (tmp_path / "config.yaml").write_text(dump_config(recorded))
+    if same:
+        read_run(tmp_path, {"model.norm": norm}, [], restart=False)
+    else:
+        with pytest.raises(UserError, match=r"model\.norm: .* has 'topk:k=10', not 'topk:k=9'"):
+            read_run(tmp_path, {"model.norm": norm}, [], restart=False)
+
+
+def test_a_change_is_in_the_history_before_it_is_made(folder, halfway, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(halfway, folder / "between", symlinks=True)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resuming, "write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume(run, overrides=["train.epochs=6"])
+    assert load_config(run / "config.yaml").train.epochs == 3
+    event = json.loads((run / "provenance.json").read_text())["events"][-1]
+    assert event["changed"] == {"train.epochs": [3, 6]}
 
 
 def test_fewer_epochs_than_done_are_refused(undisturbed) -> None:

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from norm_matters import run as running
 from norm_matters.core.config import RunConfig, load_config
 from norm_matters.core.errors import PreemptedError, UserError
 from norm_matters.engine import loop
 from norm_matters.models.trust import trust_file
 from norm_matters.record import TIMING_COLUMNS, find_checkpoint, load_checkpoint, save_checkpoint
+from norm_matters.resuming import load_state
 from norm_matters.run import CHECKS, resume, train
+from norm_matters.verification import verify
 
 MODEL = """
 import torch.nn as nn
@@ -326,6 +330,159 @@ def test_where_all_are_damaged_each_is_named_and_nothing_is_begun_unasked(folder
     assert {path: path.read_bytes() for path in before} == before
     resume(run, restart=True)
     assert_equal(run, undisturbed)
+
+
+def test_a_run_that_begins_again_has_its_pretrained_weights_again(folder: Path, undisturbed: Path) -> None:
+    weights = folder / "weights.safetensors"
+    model = load_checkpoint(undisturbed / "checkpoints" / "last").model
+    save_file({name: tensor.contiguous() for name, tensor in model.items()}, weights)
+    run = train(config(folder, "pretrained", f"model.pretrained={weights}")).folder
+    whole = shutil.copytree(run, folder / "pretrained-whole", symlinks=True)
+    for place in (run / "checkpoints").glob("step-*"):
+        flip("state.json")(place)
+    resume(run, restart=True)
+    assert_equal(run, whole)
+
+
+def numbers_with(**changed):
+    """The checkpoint's own state, but for these of its numbers."""
+
+    def change(now, earlier):
+        return now.model, now.training, {**now.state, "training": {**now.state["training"], **changed}}
+
+    return change
+
+
+def epoch_with(number: int, *, done: int | None = None):
+    """The state of a checkpoint in the middle of an epoch of that number."""
+
+    def change(now, earlier):
+        training = {**now.state["training"], "epoch": {**now.state["training"]["epoch"], "number": number}}
+        state = {**now.state, "training": training}
+        return now.model, now.training, state if done is None else {**state, "epoch": done}
+
+    return change
+
+
+FORGED = {
+    "a later epoch": epoch_with(1000),
+    "an epoch beyond all numbers": epoch_with(10**30),
+    "an epoch before the first": epoch_with(-3),
+    "more epochs done": epoch_with(3, done=3),
+    "fewer epochs done": epoch_with(0, done=0),
+    "between two epochs": numbers_with(epoch=None),
+    "pieces of a batch that its norms see whole": numbers_with(pieces=[2]),
+    "more pieces than images": numbers_with(pieces=[10**10]),
+    "pieces that are none": numbers_with(pieces=[0]),
+    "no pieces": numbers_with(pieces=[]),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED)
+def test_a_forged_position_is_refused(folder: Path, undisturbed: Path, tmp_path: Path, forged) -> None:
+    """Its seals are right: a stranger made it. It would train without end, or end in a traceback."""
+    run = tampered(tmp_path, undisturbed, "forged", 5, forged)
+    before = (run / "results.csv").read_bytes()
+    with pytest.raises(UserError, match=r"step-000000005.* is damaged: ValueError: "):
+        resume(run, overrides=["train.epochs=4"], extend=True)
+    assert (run / "results.csv").read_bytes() == before
+
+
+def test_no_memory_for_a_checkpoint_is_no_damage(folder: Path) -> None:
+    class State:
+        device = torch.device("cpu")
+
+        def load(self, *arguments, **options):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    class Plan:
+        state, config = State(), RunConfig()
+
+    with pytest.raises(UserError, match=r"there is no memory on cpu for the state of .*: CUDA out of memory\. Tried"):
+        load_state(Plan(), folder, {}, {}, {})  # type: ignore[arg-type]
+
+
+def test_a_table_that_was_lost_is_told_and_the_training_goes_on(
+    folder: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tampered(tmp_path, undisturbed, "tableless", 5, nothing)
+    (run / "results.csv").unlink()
+    assert resume(run).last["epoch"] == EPOCHS
+    first, second = tensors(run), tensors(undisturbed)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    told = capsys.readouterr().err.strip()
+    assert told.startswith(f"warning: {run / 'results.csv'} has 0 rows of the 1 epochs that were done; ")
+    assert told in (run / "log.txt").read_text()
+    assert table(run) == table(undisturbed)[1:]
+    # Nothing is left to train now; of what there is, it is told again.
+    assert resume(run).last["epoch"] == EPOCHS
+    assert "has 1 rows of the 2 epochs" in capsys.readouterr().err
+    (run / "results.csv").unlink()
+    with pytest.raises(UserError, match=r"results\.csv has 0 rows of the 2 epochs .* nothing is left to train; put it"):
+        resume(run)
+
+
+def test_unreadable_images_met_before_a_pause_count(
+    folder: Path, asked: list[int], image_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(image_folder, tmp_path / "images")
+    bad = sorted((tmp_path / "images" / "train").rglob("*.png"))[3::150]
+    for path in bad:
+        path.write_bytes(b"<html>404</html>")
+    more = [*images(tmp_path, 0), "data.batch_size=50", "train.epochs=1", f"data.bad_images=skip:{len(bad)}"]
+    asked[:] = [7]
+    with pytest.raises(PreemptedError):
+        train(config(folder, "unreadable", *more))
+    asked.clear()
+    resume(folder / "unreadable")
+    listed = json.loads((folder / "unreadable" / "provenance.json").read_text())["unreadable_images"]
+    assert sorted(entry["image"] for entry in listed) == sorted(map(str, bad))
+
+
+def test_images_that_moved_are_named_and_known_by_their_fingerprint(
+    folder: Path, asked: list[int], image_folder: Path, tmp_path: Path
+) -> None:
+    whole = train(config(folder, "stayed", *images(folder, 0))).folder
+    old = shutil.copytree(image_folder, tmp_path / "old")
+    asked[:] = [2]
+    with pytest.raises(PreemptedError):
+        train(config(folder, "moved", *images(folder, 0), f"data.name=imagefolder:{old}"))
+    asked.clear()
+    run, new = folder / "moved", old.rename(tmp_path / "new")
+    with pytest.raises(UserError, match="old is no folder"):
+        resume(run)
+    with pytest.raises(UserError, match=r"data\.name: the run .*; a resumed run keeps its settings"):
+        resume(run, overrides=["data.name=digits"])
+    gone = new / "train" / "class3" / "7.png"
+    content = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(UserError, match="has 399 images instead of 400"):
+        resume(run, overrides=[f"data.name=imagefolder:{new}"])
+    gone.write_bytes(content)
+    resume(run, overrides=[f"data.name=imagefolder:{new}"])
+    assert_equal(run, whole)
+    event = json.loads((run / "provenance.json").read_text())["events"][-1]
+    assert event["changed"] == {"data.name": [f"imagefolder:{old}", f"imagefolder:{new}"]}
+    new.rename(tmp_path / "newest")
+    assert verify(run, steps=2, dataset=f"imagefolder:{tmp_path / 'newest'}").equal
+    with pytest.raises(UserError, match=r"--dataset: 'digits' is no other place of .*; write imagefolder:PATH"):
+        verify(run, dataset="digits")
+
+
+def test_ranks_meet_for_as_long_as_they_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+
+    def joined(*, timeout):
+        waits.append(timeout)
+        raise UserError("nobody came")
+
+    monkeypatch.setattr(running, "joined", joined)
+    for overrides in (["train.rank_timeout=7", "regime.lr_rule=linear"], ["train.keep=3"]):
+        with pytest.raises(UserError, match="nobody came"):
+            resume(folder, overrides=overrides)
+    with pytest.raises(UserError, match="nobody came"):
+        resume(folder, options={"train.rank_timeout": 8.0})
+    assert waits == [7.0, 600.0, 8.0]
 
 
 def a_better_best(now, earlier):

@@ -1,5 +1,6 @@
 """Whole runs: what they write, and that nothing but their settings decides the result."""
 
+import json
 import math
 from pathlib import Path
 
@@ -139,6 +140,35 @@ def test_ctrl_c_leaves_a_record_that_resumes(tmp_path: Path) -> None:
     assert len(read_table(tmp_path / "stopped" / "results.csv")) == 1
     assert (tmp_path / "stopped" / "report.html").is_file()
     assert "KeyboardInterrupt" in (tmp_path / "stopped" / "log.txt").read_text()
+
+
+def test_ctrl_c_while_the_report_is_drawn_is_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def interrupted(folder: Path) -> None:
+        drawn.append(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("norm_matters.run._write_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "name=drawing", "train.epochs=1")
+    status = json.loads((tmp_path / "drawing" / "status.json").read_text())
+    assert (status["state"], status["exit_status"]) == ("preempted", 130)
+    assert len(drawn) == 1, "the report was begun again for whoever wants to leave"
+
+
+def test_a_process_that_dies_before_its_record_leaves_no_name_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking git what the code is takes its time."""
+
+    def dies(*arguments, **facts) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("norm_matters.run.collect_provenance", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "name=claimed")
+    assert not (tmp_path / "claimed").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from norm_matters.cli import main
 from norm_matters.core.errors import UserError
 from norm_matters.engine.trace import fingerprint, is_traced
 from norm_matters.record.trace import TRACE_FILE, append_trace, read_trace, trim_trace
-from norm_matters.verification import verify
+from norm_matters.verification import _first_plan, verify
 
 SHA = "ab" * 32
 
@@ -112,6 +112,46 @@ def test_a_run_that_was_extended_is_compared_as_it_began(copy: Path) -> None:
     found = verify(copy, steps=100)
     assert [check.step for check in found.checks] == [1, 2, 5, 10]
     assert found.equal
+
+
+def test_a_run_that_began_again_at_another_length_is_compared_at_that(copy: Path) -> None:
+    """Killed before its first checkpoint: nothing is left of its first plan."""
+    shutil.rmtree(copy / "checkpoints")
+    for name in ("results.csv", TRACE_FILE):
+        (copy / name).unlink()
+    with redirect_stdout(io.StringIO()):
+        assert main(["train", f"--resume={copy}", "--epochs=4"]) == 0
+    found = verify(copy, steps=100)
+    assert [check.step for check in found.checks] == [1, 2, 5, 10, 20]
+    assert found.equal
+
+
+def event(step: int, epochs: int, *, before: int | None = None) -> dict:
+    return {
+        "step": step,
+        "epochs": epochs,
+        **({} if before is None else {"changed": {"train.epochs": [before, epochs]}}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([], (9, None)),
+        ([event(50, 9)], (9, None)),
+        ([event(100, 9, before=5)], (5, 100)),
+        ([event(100, 9, before=5), event(50, 9)], (5, 50)),
+        ([event(100, 9, before=5), event(150, 9)], (5, 100)),
+        ([event(100, 7, before=5), event(50, 5)], (5, None)),
+        ([event(0, 9, before=5)], (9, None)),
+        ([event(100, 9, before=5), event(0, 9)], (9, None)),
+        ([event(100, 7, before=5), event(120, 9, before=7)], (5, 100)),
+        ([event(100, 9, before=5), event(100, 9, before=5)], (5, 100)),
+        ([{"changed": {"train.epochs": 3}}, {"step": True, "epochs": 4}, {}], (9, None)),
+    ],
+)
+def test_each_stretch_is_compared_under_its_own_plan(events: list[dict], expected: tuple[int, int | None]) -> None:
+    assert _first_plan(events, 9) == expected
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "few", "1.5"])

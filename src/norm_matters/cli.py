@@ -195,7 +195,8 @@ def train(
         bool, typer.Option("--restart", help="with --resume: begin again if no checkpoint can be read")
     ] = False,
     processes: Annotated[
-        str | None, typer.Option(metavar="N", help="train as N processes of this machine, a GPU or CPU thread each")
+        str | None,
+        typer.Option(metavar="N", help="train as N processes of this machine, a GPU or its part of the cores each"),
     ] = None,
     max_restarts: Annotated[
         str | None, typer.Option(metavar="N", help="with --processes: start again, at most so often, when one dies")

@@ -20,7 +20,10 @@ DIFFERENT = 1
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
     steps: Annotated[str, typer.Option(metavar="N", help="train so many steps anew, at most")] = "20",
-    data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="where datasets lie")] = None,
+    data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="where datasets such as cifar10 lie")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="SOURCE:PATH", help="where the images of imagefolder: and the like lie now")
+    ] = None,
     device: Annotated[str, typer.Option(help="another than the run's own: cpu, cuda, cuda:N or mps")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -32,7 +35,7 @@ def verify(
         raise UserError(f"--steps: value '{steps}' is not valid; it takes a whole number from 1")
     from norm_matters.verification import verify as verify_run
 
-    found = verify_run(run, steps=int(steps), data_dir=data_dir, device=device)
+    found = verify_run(run, steps=int(steps), data_dir=data_dir, dataset=dataset, device=device)
     if find_ranks().first:
         _print_json(run, found) if as_json else _print_lines(found)
         if not found.equal:

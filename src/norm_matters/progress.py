@@ -4,16 +4,13 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
+from norm_matters.record.log import printable_line as printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
     from norm_matters.engine.loop import Progress
-
-
-def printable(text: str) -> str:
-    """The text on one line, with control characters escaped: a file's name must not write to the terminal's memory."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

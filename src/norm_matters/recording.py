@@ -66,6 +66,8 @@ class Recorder:
     def pause(self) -> None:
         """Save a checkpoint in the middle of an epoch."""
         saved = self._gathered()
+        # What is read before it, no later process reads again.
+        self._note_unreadable()
         self._group.alone(lambda: self._write_pause(saved))
         self._done(saved)
 

@@ -1,5 +1,6 @@
 """A recorded run taken up again: what may be changed, what is read, and how the record returns to the checkpoint."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from norm_matters.core.config import RunConfig, differences, dump_config, flatte
 from norm_matters.core.errors import UserError, reading
 from norm_matters.core.faults import fault_point
 from norm_matters.datasets.entry import explain_change
-from norm_matters.plan import CHECKS, Plan
+from norm_matters.engine.memory import is_out_of_memory
+from norm_matters.norms import takes_batch_statistics
+from norm_matters.plan import CHECKS, Plan, complete
 from norm_matters.record import (
     Checkpoint,
     append_event,
@@ -31,7 +34,7 @@ from norm_matters.record.weight_norms import trim_weight_norms
 
 Tensors = Mapping[str, Tensor]
 
-# Settings of a recorded run that a resume may change, because no result depends on them.
+# Settings of a recorded run that a resume may change, because no result depends on them; and see `same_source`.
 FREE_TO_CHANGE = {
     "data.workers",
     "data.dir",
@@ -56,11 +59,17 @@ def read_run(folder: Path, options: Mapping[str, Any], overrides: Sequence[str],
     check_links(folder)
     recorded = load_config(folder / "config.yaml")
     config = load_config(folder / "config.yaml", options, overrides, CHECKS)
-    before, after = flatten(recorded), flatten(config)
+    if config.name == folder.resolve().name:
+        config = config.model_copy(update={"name": recorded.name})
+    # Both in the words of the record, which has paths in full: a setting may be repeated as it was first given.
+    before, after = (
+        flatten(complete(each, epochs=1)) | {"name": each.name, "train.epochs": each.train.epochs}
+        for each in (recorded, config)
+    )
     problems = [
         f"{key}: the run in '{folder}' has {before[key]!r}, not {after[key]!r}; a resumed run keeps its settings"
-        for key in differences(recorded, config)
-        if key not in FREE_TO_CHANGE
+        for key in before
+        if before[key] != after[key] and not _may_change(key, before[key], after[key])
     ]
     if problems:
         raise UserError(*problems)
@@ -69,6 +78,19 @@ def read_run(folder: Path, options: Mapping[str, Any], overrides: Sequence[str],
         "recorded": recorded.model_dump(mode="json"),
         "saved": _has_checkpoints(folder, restart=restart),
     }
+
+
+def _may_change(key: str, before: Any, after: Any) -> bool:
+    return key in FREE_TO_CHANGE or (key == "data.name" and same_source(before, after))
+
+
+def same_source(before: str, after: str) -> bool:
+    """Whether two datasets differ in the place of their files at most: `imagefolder:A`, `imagefolder:B`.
+
+    Whether the images there are the same is known by their fingerprint.
+    """
+    source, colon, _ = before.partition(":")
+    return before == after or (bool(colon) and after.startswith(f"{source}:"))
 
 
 def _has_checkpoints(folder: Path, *, restart: bool) -> bool:
@@ -106,12 +128,16 @@ def read_checkpoint(plan: Plan, folder: Path, found: list[Checkpoint], *, restar
     state = recovered.checkpoint.state
     with reading(str(recovered.checkpoint.folder)):
         fingerprint = state["data"]["fingerprint"]
+        # The name is that of a place, and the files may have moved.
+        same = {**fingerprint, "name": None} == {**plan.dataset.fingerprint, "name": None}
         _check_saved(state)
-    if fingerprint != plan.dataset.fingerprint:
+    if not same:
         raise UserError(
             f"the data of '{plan.config.data.name}' is not what '{folder}' was trained on: "
             f"{explain_change(fingerprint, plan.dataset.fingerprint)}"
         )
+    with reading(str(recovered.checkpoint.folder)):
+        _check_position(plan, state)
     found.append(recovered.checkpoint)
     if recovered.best_lost:
         # Otherwise none that comes might be called the best, though the best is not there.
@@ -127,6 +153,26 @@ def _check_saved(state: Mapping[str, Any]) -> None:
         raise ValueError("epoch, step or world is no number")
     if best is not None and not (type(best["epoch"]) is int and isinstance(best["val_error1"], int | float)):
         raise ValueError("best is no epoch with its error")
+    under_way, pieces = numbers.get("epoch"), numbers.get("pieces", [1])
+    if under_way is not None and under_way["number"] != state["epoch"]:
+        raise ValueError("the epoch under way does not follow those done")
+    if not all(type(count) is int and count >= 1 for count in pieces):
+        raise ValueError("pieces is no list of numbers")
+
+
+def _check_position(plan: Plan, state: Mapping[str, Any]) -> None:
+    """Raise where a checkpoint of a plan's data stands at no place that its training comes to.
+
+    A stranger's would be trained on for ever, or in pieces of a batch that nothing can be done with.
+    """
+    numbers, steps = state["training"], plan.state.clock.steps_per_epoch
+    first = state["epoch"] * steps
+    last = first if numbers.get("epoch") is None else first + steps
+    if not first <= numbers["step"] <= last:
+        raise ValueError(f"step {numbers['step']} is none of {first} to {last}, with {state['epoch']} epochs done")
+    pieces = max(numbers.get("pieces", [1]))
+    if pieces > (1 if takes_batch_statistics(plan.built.module) else plan.config.data.batch_size):
+        raise ValueError(f"a batch is never taken in {pieces} pieces")
 
 
 def check_length(plan: Plan, recorded: RunConfig, saved: Mapping[str, Any], *, extend: bool) -> None:
@@ -153,10 +199,20 @@ def load_state(plan: Plan, folder: Path, model: Tensors, training: Tensors, numb
     """Bring a plan to where a checkpoint stands.
 
     Raises:
-        UserError: the checkpoint is of another network, or lacks something.
+        UserError: the checkpoint is of another network, or lacks something; or there is no memory for it.
     """
+    no_memory = None
     with reading(f"the checkpoint of '{folder}'"):
-        plan.state.load(model, training, numbers, seed=plan.config.seed)
+        try:
+            plan.state.load(model, training, numbers, seed=plan.config.seed)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            no_memory = error
+    if no_memory:
+        # Not in there, where it would be told as damage.
+        reason = " ".join(str(no_memory).split())[:200]
+        raise UserError(f"device: there is no memory on {plan.state.device} for the state of '{folder}': {reason}")
 
 
 def differences_of_ranks(before: int, now: int) -> list[str]:
@@ -193,9 +249,13 @@ def take_up(plan: Plan, folder: Path, recorded: RunConfig, read: Mapping[str, An
         recorded: the settings as recorded.
         read: what `read_checkpoint` returned.
         event: for `provenance.json`.
+
+    Raises:
+        UserError: a file of the record is damaged; or the table is lost, and nothing is left to train.
     """
     config = plan.config
     done = read["state"]["epoch"] if read["state"] else 0
+    _note_missing_rows(plan, folder / "results.csv", done)
     event |= {"epoch": done, "step": plan.state.clock.step, "epochs": config.train.epochs}
     fault_point("restore")
     if read["damaged"]:
@@ -210,7 +270,27 @@ def take_up(plan: Plan, folder: Path, recorded: RunConfig, read: Mapping[str, An
     trim_trace(folder, plan.state.clock.step)
     changed = differences(recorded, config)
     if changed:
-        write_file(folder / "config.yaml", dump_config(config))
         before, after = flatten(recorded), flatten(config)
         event = {**event, "changed": {key: [before[key], after[key]] for key in changed}}
+    # First the event: killed between the two, a run has a change told twice, and never one of which nothing is known.
     append_event(folder, event)
+    if changed:
+        write_file(folder / "config.yaml", dump_config(config))
+
+
+def _note_missing_rows(plan: Plan, table: Path, done: int) -> None:
+    """Tell of a table that lacks epochs which the checkpoint has behind it: nobody can make their rows again.
+
+    Raises:
+        UserError: it lacks all of them, and no further row will come.
+    """
+    rows = [row.get("epoch") for row in read_table(table)]
+    kept = [epoch for epoch in rows if (epoch or math.inf) <= done]
+    if kept == list(range(1, done + 1)):
+        return
+    lacks = f"{table} has {len(kept)} rows of the {done} epochs that were done"
+    if not kept and done >= plan.state.clock.epochs:
+        raise UserError(f"{lacks}, and nothing is left to train; put it back, or train on with more --epochs")
+    note = f"warning: {lacks}; the others are lost, the training goes on as it would have"
+    print(printable_line(note), file=sys.stderr)
+    plan.state.notes.append(note)

@@ -19,7 +19,7 @@ from torch import Tensor
 from norm_matters import resuming
 from norm_matters.core import stopping
 from norm_matters.core.config import OPTION_KEYS, RunConfig, dump_config, load_config
-from norm_matters.core.distributed import TIMEOUT, Group, explained, joined
+from norm_matters.core.distributed import Group, explained, joined
 from norm_matters.core.errors import NumericalError, PreemptedError, StorageError, UserError, nearest
 from norm_matters.core.faults import fault_point
 from norm_matters.core.ranks import digest, words
@@ -40,6 +40,7 @@ from norm_matters.record import (
     find_begun,
     held,
     is_run,
+    launch_entry,
     read_table,
     remove_temporaries,
     write_file,
@@ -135,7 +136,8 @@ def resume(
     """
     started = time.monotonic()
     listening = stopping.listening(*stopping.PREEMPTING)
-    with listening, joined(timeout=TIMEOUT) as group, _locked(group, folder):
+    timeout = _rank_timeout(options or {}, overrides)
+    with listening, joined(timeout=timeout) as group, _locked(group, folder):
         return _resume(
             group,
             folder,
@@ -147,6 +149,13 @@ def resume(
             on_progress=on_progress,
             started=started,
         )
+
+
+def _rank_timeout(options: Mapping[str, Any], overrides: Sequence[str]) -> float:
+    """How long ranks wait for each other where they meet, before they know what the run's record says."""
+    key = "train.rank_timeout"
+    given = {key: options[key]} if key in options else {}
+    return load_config(None, given, [text for text in overrides if text.startswith(f"{key}=")]).train.rank_timeout
 
 
 @dataclass(frozen=True)
@@ -221,9 +230,8 @@ def _claim(plan: Plan, group: Group, *, asked: RunConfig, command: Sequence[str]
         short_name(model.name), model.norm or "default", short_name(plan.config.data.name), plan.config.seed
     )
     check_room(Path(plan.config.output), plan.state.checkpoint_bytes())
-    folder = claim_run_folder(Path(plan.config.output), asked.name, default, again=ranks.continues)
-    write_file(folder / "config.yaml", dump_config(plan.config))
-    launch = None if ranks.launch is None else {"id": ranks.launch, "settings": _settings(asked)}
+    output = Path(plan.config.output)
+    launch = None if ranks.launch is None else launch_entry(output, ranks.launch, _settings(asked))
     provenance = collect_provenance(
         list(command or []),
         device=str(plan.state.device),
@@ -231,6 +239,9 @@ def _claim(plan: Plan, group: Group, *, asked: RunConfig, command: Sequence[str]
         processes={"world": group.world, "launcher": ranks.launcher},
         launch=launch,
     )
+    # Only now, and at once what makes it a run: a kill in between leaves a name that is taken and cannot be resumed.
+    folder = claim_run_folder(output, asked.name, default, again=ranks.continues)
+    write_file(folder / "config.yaml", dump_config(plan.config))
     write_provenance(folder, provenance)
     return folder
 
@@ -257,6 +268,9 @@ def _resume(
     read: dict[str, Any] = {"state": None, "damaged": {}, "taken": None}
     if run["saved"]:
         read = group.alone(lambda: resuming.read_checkpoint(plan, folder, found, restart=restart))
+        if read["state"] is None:
+            # It begins again, from the weights that a new run begins from.
+            plan = _build(config, group)
     begun = _Begun(started)
     if read["state"]:
         saved, numbers = read["state"], read["state"]["training"]
@@ -294,14 +308,18 @@ def _execute(plan: Plan, folder: Path, group: Group, begun: "_Begun", *, on_prog
     if not group.first:
         on_progress = None
     keeper = Keeper(plan.config.train, plan.state, folder, started=begun.started, recorded=begun.epochs)
-    keeper.tell("starting")
-    group.alone(lambda: _open_log(plan, log))
-    if on_progress:
-        clock = plan.state.clock
-        on_progress(Progress("start", clock.epoch + 1, clock.epochs, message=f"{folder}: {headline(plan)}"))
+    trained = False
     try:
+        keeper.tell("starting")
+        group.alone(lambda: _open_log(plan, log))
+        if on_progress:
+            clock = plan.state.clock
+            on_progress(Progress("start", clock.epoch + 1, clock.epochs, message=f"{folder}: {headline(plan)}"))
         with stopping.listening(*stopping.INTERRUPTING):
             _train_and_record(plan, folder, group, log, keeper, begun, on_progress=on_progress)
+        trained = True
+        rows, report = group.alone(lambda: _finish(folder, log))
+        keeper.tell("done", exit_status=0)
     except BaseException as error:
         told = explained(error, group.ranks) if isinstance(error, Exception) else error
         _tell_the_end(keeper, told)
@@ -309,15 +327,13 @@ def _execute(plan: Plan, folder: Path, group: Group, begun: "_Begun", *, on_prog
             # The first error is the one to show: a full disk also refuses this line.
             with contextlib.suppress(StorageError):
                 log.write(f"stopped: {type(told).__name__}: {told}")
-                if isinstance(error, KeyboardInterrupt | NumericalError):
-                    _write_report(folder)
+            if isinstance(error, KeyboardInterrupt | NumericalError) and not trained:
+                _try_report(folder, log)
         raise
     finally:
         # Not left to the end of the interpreter, where a worker's end can meet anything.
         plan.train.close()
         plan.val.close()
-    rows, report = group.alone(lambda: _finish(folder, log))
-    keeper.tell("done", exit_status=0)
     return RunResult(folder, rows, Path(report), rows[-1])
 
 
@@ -339,21 +355,26 @@ def _open_log(plan: Plan, log: RunLog) -> None:
 
 
 def _finish(folder: Path, log: RunLog) -> tuple[list[dict[str, Any]], str]:
-    """Write the report; the rows of the table, and the report's path.
-
-    The training is done and saved: whatever is wrong with its page is no more than a warning.
-    """
+    """Write the report; the rows of the table, and the report's path."""
     log.write("done")
+    return read_table(folder / "results.csv"), str(_try_report(folder, log))
+
+
+def _try_report(folder: Path, log: RunLog) -> Path:
+    """Write the report; its path.
+
+    What was trained is saved, and how the process ends is known: whatever is wrong with a page is no more than a
+    warning.
+    """
     try:
-        report = _write_report(folder)
+        return _write_report(folder)
     except Exception as error:
-        report = folder / "report.html"
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         warning = f"warning: no report: {reason}; 'norm-matters report {shlex.quote(str(folder))}' tries again"
         print(printable_line(warning), file=sys.stderr)
         with contextlib.suppress(StorageError):
             log.write(warning)
-    return read_table(folder / "results.csv"), str(report)
+    return folder / "report.html"
 
 
 def _write_report(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from norm_matters.engine.trace import EnoughStepsError, Fingerprint, Trace
 from norm_matters.plan import CHECKS, Plan, made_of, prepare, step_options
 from norm_matters.record import collect_provenance, is_run, read_provenance
 from norm_matters.record.trace import TRACE_FILE, read_trace
+from norm_matters.resuming import same_source
 
 STEPS = 20
 """How many steps are trained anew unless somebody says."""
@@ -93,7 +94,14 @@ class Verification:
         return next((check for check in self.checks if not check.equal), None)
 
 
-def verify(run: Path | str, *, steps: int = STEPS, data_dir: str | None = None, device: str = "") -> Verification:
+def verify(
+    run: Path | str,
+    *,
+    steps: int = STEPS,
+    data_dir: str | None = None,
+    dataset: str | None = None,
+    device: str = "",
+) -> Verification:
     """Train the first steps of a run anew, and compare losses and weights with its trace. The run is left untouched.
 
     Started by torchrun or srun, the ranks train together as those of the run did.
@@ -101,13 +109,14 @@ def verify(run: Path | str, *, steps: int = STEPS, data_dir: str | None = None, 
     Args:
         run: its folder, wherever it lies now.
         steps: how many to train at most; the last that is compared is the last with a fingerprint among them.
-        data_dir: where the dataset lies now.
+        data_dir: where a dataset with a name of its own lies now, such as `cifar10`.
+        dataset: where one that is named by its place lies now: `imagefolder:NEW` for a run of `imagefolder:OLD`.
         device: another than the run's own.
 
     Raises:
         UserError: no run, one without a trace, or its settings, data or model file cannot be used any more.
     """
-    moved = {"data.dir": data_dir, "device": device}
+    moved = {"data.dir": data_dir, "data.name": dataset, "device": device}
     with joined() as group:
         folder = Path(run)
         read = group.alone(lambda: _read(folder, steps, {key: value for key, value in moved.items() if value}))
@@ -130,17 +139,19 @@ def verify(run: Path | str, *, steps: int = STEPS, data_dir: str | None = None, 
 def _read(folder: Path, steps: int, moved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run began with, its provenance, and the fingerprints to compare with; in JSON types.
 
-    `planned` is how many steps had been done when its length was changed for the first time; None where it never was.
+    `planned` is up to which step these settings hold; None where they hold to the end.
     """
     if not is_run(folder):
         raise UserError(f"'{folder}' is no run folder: it needs config.yaml and provenance.json")
     provenance = read_provenance(folder)
     settings = flatten(load_config(folder / "config.yaml"))
-    planned = None
-    for event in map(_mapping, reversed(_listed(provenance.get("events")))):
-        epochs = _mapping(event.get("changed")).get("train.epochs")
-        if isinstance(epochs, list) and len(epochs) == 2:
-            settings["train.epochs"], planned = epochs[0], event.get("step")
+    name = settings["data.name"]
+    if not same_source(name, moved.get("data.name", name)):
+        source, colon, _ = name.partition(":")
+        hint = f"write {source}:PATH" if colon else "--data-dir says where it lies"
+        raise UserError(f"--dataset: '{moved['data.name']}' is no other place of '{name}'; {hint}")
+    events = [_mapping(event) for event in _listed(provenance.get("events"))]
+    settings["train.epochs"], planned = _first_plan(events, settings["train.epochs"])
     config = load_config(options={**settings, **moved}, checks=CHECKS)
     trace = read_trace(folder)
     if not trace:
@@ -152,8 +163,28 @@ def _read(folder: Path, steps: int, moved: Mapping[str, Any]) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "provenance": provenance,
         "trace": rows,
-        "planned": planned if isinstance(planned, int) else None,
+        "planned": planned,
     }
+
+
+def _first_plan(events: Sequence[Mapping[str, Any]], epochs: Any) -> tuple[Any, int | None]:
+    """For how many epochs the first steps of the record were planned, and up to which step; None for all of them.
+
+    Args:
+        events: of the run, in order; each went back to a step, and what had been trained after it was lost.
+        epochs: as the settings have them now.
+    """
+    changes = [_mapping(event.get("changed")).get("train.epochs") for event in events]
+    first = next((change for change in changes if isinstance(change, list) and len(change) == 2), [epochs])[0]
+    plans: list[tuple[int, Any]] = [(0, first)]
+    for event in events:
+        step, planned = event.get("step"), event.get("epochs")
+        if type(step) is not int or type(planned) is not int:
+            continue
+        plans = [plan for plan in plans if plan[0] < step]
+        if not plans or plans[-1][1] != planned:
+            plans.append((step, planned))
+    return plans[0][1], plans[1][0] if len(plans) > 1 else None
 
 
 def _listed(value: Any) -> list[Any]:

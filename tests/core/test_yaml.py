@@ -112,6 +112,8 @@ def test_nan() -> None:
         ("null: a", 1, "no text"),
         ("[a]: b", 1, "no text"),
         ("a:\n  " + "9" * 5000, 2, "5000 digits"),
+        ("a: 0x" + "f" * 4000, 1, "a whole number with 4002 digits"),
+        ("a: 0o" + "7" * 5000, 1, "a whole number with 5002 digits"),
         ("[" * 21 + "]" * 21, 1, "too deep"),
         ("[" * 100_000, 1, "too deep"),
         ("\n".join("  " * i + "a:" for i in range(30)), 21, "too deep"),

@@ -89,15 +89,16 @@ class _Killed:
         self._text = place / f"{name}.txt"
         self._ranks = ranks
         self.mutation = mutation
-        waiting = [f"train.rank_timeout={RANK_TIMEOUT}"] if ranks > 1 else []
-        self._settings = ["train", *settings(place, place / name, epochs=epochs), *more, *waiting]
+        # Nobody ends a rank that waits for another which was killed before they met.
+        self._waiting = [f"train.rank_timeout={RANK_TIMEOUT}"] if ranks > 1 else []
+        self._settings = ["train", *settings(place, place / name, epochs=epochs), *more, *self._waiting]
         self._attempts = 0
 
     def start(self) -> list[Child]:
         """Begin the run, or continue it: by the same command, or by naming it, in turns."""
         self._attempts += 1
         named = self._attempts % 2 == 0 and is_run(self.run)
-        arguments = ["train", "--resume", str(self.run)] if named else self._settings
+        arguments = ["train", "--resume", str(self.run), *self._waiting] if named else self._settings
         environment = {} if named else {"NORM_MATTERS_LAUNCH": self.run.parent.name}
         return start(arguments, self._text, ranks=self._ranks, environment=environment, mutation=self.mutation)
 

@@ -39,6 +39,9 @@ def test_one_restart_and_the_same_bits(fault: str, zygote, tmp_path: Path, expec
         start_new_session=True,
     )
     assert done.returncode == 0, done.stderr
+    if fault.endswith("raise"):
+        assert "Traceback" in done.stderr
+        assert "a fault at step, by NORM_MATTERS_FAULTS" in done.stderr
     events = json.loads((tmp_path / "run" / "provenance.json").read_text())["events"]
     assert [event["event"] for event in events] == ["restarted"]
     assert zygote.ask("fingerprint", run=tmp_path / "run") == expected

@@ -1,5 +1,6 @@
 """A fault at every named place of a run: the status that is promised, and afterwards a run to the same bits."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,23 @@ def test_a_report_that_fails_costs_no_more_than_a_warning(kind: str, zygote, tmp
     assert not (tmp_path / "runs" / "run" / "report.html").exists()
     assert "warning: no report: " in (tmp_path / "runs" / "run" / "log.txt").read_text()
     assert zygote.ask("fingerprint", run=tmp_path / "runs" / "run") == expected
+
+
+def test_a_report_that_fails_does_not_hide_why_the_run_ended(zygote, tmp_path: Path) -> None:
+    text = zygote.train(tmp_path, *SETTINGS, faults="step:0:2:nan,report:0:1:raise", status=76)
+    assert "Traceback" not in text
+    assert text.count("warning: no report: RuntimeError") == text.count("error: the training loss is not finite") == 1
+    assert last_word(tmp_path) == ("failed", 76)
+
+
+def last_word(folder: Path) -> tuple[str, int]:
+    status = json.loads((folder / "runs" / "run" / "status.json").read_text())
+    return status["state"], status["exit_status"]
+
+
+def test_a_disk_that_is_full_at_the_first_line_is_the_last_word(zygote, tmp_path: Path) -> None:
+    zygote.train(tmp_path, *SETTINGS, faults="log:0:1:enospc", status=74)
+    assert last_word(tmp_path) == ("failed", 74)
 
 
 @pytest.mark.parametrize("fault", ["nowhere:0:1:kill", "step:0:1:explode"])

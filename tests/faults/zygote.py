@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks runs: a killed run costs a fifth of a second, not ten.
+"""A process that has imported everything and forks runs: a kill costs about a second of CPU time instead of ten.
 
     python tests/faults/zygote.py
 
@@ -229,7 +229,6 @@ def warm() -> None:
         import_module(name)
     import torch
 
-    import norm_matters.run
     from norm_matters.core import distributed
     from norm_matters.core.config import load_config
     from norm_matters.models.trust import trust_file
@@ -242,8 +241,6 @@ def warm() -> None:
     os.fsync = lambda descriptor: None
     # Nobody here ends a rank that has lost another.
     distributed.PATIENCE, distributed.MOMENT = 0.3, 0.1
-    # Nor one that waits for another which was killed before they met.
-    norm_matters.run.TIMEOUT = RANK_TIMEOUT
     torch.use_deterministic_algorithms(True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "own.py").write_text(MODEL)

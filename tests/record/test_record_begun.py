@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from norm_matters.core.errors import UserError
-from norm_matters.record import claim_run_folder, find_begun
+from norm_matters.record import claim_run_folder, find_begun, launch_entry
 
 
 def begin(output: Path, name: str, launch: object, started: str = "2026-01-01T00:00:00Z") -> Path:
@@ -26,7 +26,17 @@ def test_the_latest_run_of_the_launch_with_these_settings_is_found(tmp_path: Pat
     assert find_begun(tmp_path / "nowhere", "a", "s") is None
 
 
-@pytest.mark.parametrize("launch", [None, [], {}, {"id": "a"}])
+def test_a_clock_that_went_back_brings_back_no_earlier_run(tmp_path: Path) -> None:
+    begin(tmp_path, "before-numbers", {"id": "a", "settings": "s"}, "2026-01-09T00:00:00Z")
+    for day in (3, 2, 1):
+        entry = launch_entry(tmp_path, "a", "s")
+        begun = begin(tmp_path, f"day-{day}", entry, f"2026-01-0{day}T00:00:00Z")
+        assert find_begun(tmp_path, "a", "s") == begun
+    assert entry == {"id": "a", "settings": "s", "number": 3}
+    assert launch_entry(tmp_path, "b", "s")["number"] == 1
+
+
+@pytest.mark.parametrize("launch", [None, [], {}, {"id": "a"}, {"id": "a", "settings": "s", "number": "x"}])
 def test_runs_without_a_launch_are_passed_over(launch: object, tmp_path: Path) -> None:
     begin(tmp_path, "plain", launch)
     (tmp_path / "damaged").mkdir()

@@ -163,3 +163,18 @@ def test_a_disk_without_room_for_three_is_refused_with_numbers(tmp_path, monkeyp
     with pytest.raises(StorageError, match=words) as caught:
         files.check_room(tmp_path / "not" / "yet", 1_000_000)
     assert caught.value.exit_status == 74
+
+
+def test_room_is_looked_for_above_what_one_may_not_enter(tmp_path, monkeypatch):
+    closed, stat = tmp_path / "closed", os.stat
+    closed.mkdir()
+
+    def kept_out(path, *arguments, **options):
+        if closed in Path(os.fsdecode(path)).parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", kept_out)
+        files.check_room(closed / "deeper" / "runs", 1)
+    files.check_room(tmp_path / ("x" * 300) / "runs", 1)

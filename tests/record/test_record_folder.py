@@ -1,6 +1,10 @@
 """The run folder: names stay inside the output folder, and no two runs share one."""
 
+import errno
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +12,16 @@ from hypothesis import strategies as st
 
 from norm_matters.core.errors import StorageError, UserError
 from norm_matters.core.names import is_plain_name
-from norm_matters.record import claim_run_folder, default_name, find_checkpoint, is_run, latest_checkpoint
+from norm_matters.record import (
+    claim_run_folder,
+    default_name,
+    find_begun,
+    find_checkpoint,
+    has_checkpoints,
+    is_run,
+    latest_checkpoint,
+)
+from norm_matters.record.folder import check_links
 
 BAD_NAMES = [
     "", ".", "..", "../x", "a/b", "/etc", "a\\b", "-x", ".hidden", "x" * 129,
@@ -36,6 +49,10 @@ def test_a_name_that_is_none_is_refused_and_makes_nothing(tmp_path, name):
 def test_a_given_name_is_used_once_and_a_default_one_is_counted(tmp_path):
     output = tmp_path / "new" / "runs"
     assert claim_run_folder(output, "mine", "default") == output / "mine"
+    with pytest.raises(UserError, match=r"name: 'mine' is taken .* no run is recorded in it"):
+        claim_run_folder(output, "mine", "default")
+    for file in ("config.yaml", "provenance.json"):
+        (output / "mine" / file).write_text("{}")
     with pytest.raises(UserError, match=r"name: 'mine' is taken .* --resume"):
         claim_run_folder(output, "mine", "default")
     names = [claim_run_folder(output, None, "default").name for _ in range(3)]
@@ -92,6 +109,43 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, run):
         find_checkpoint(run)
 
 
+@pytest.fixture
+def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder into which one may not look; permissions would not keep root out."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+
+    def kept_out(call):
+        def inner(path, *arguments, **options):
+            if folder in Path(os.fsdecode(path)).parents:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, *arguments, **options)
+
+        return inner
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "lstat"):
+            patch.setattr(os, name, kept_out(getattr(os, name)))
+        yield folder
+
+
+@pytest.mark.parametrize("looks", [is_run, find_checkpoint, latest_checkpoint, has_checkpoints, check_links])
+@pytest.mark.parametrize("inside", [".", "run"])
+def test_where_one_may_not_look_is_named(closed: Path, looks, inside: str):
+    with pytest.raises(UserError, match=r"^'\S+/closed/\S+' cannot be read: Permission denied$"):
+        looks(closed / inside)
+
+
+def test_a_path_too_long_for_the_disk_is_one_clear_line(tmp_path: Path):
+    path = tmp_path / ("x" * 300)
+    assert not is_run(path)
+    assert find_begun(path, "launch", "settings") is None
+    with pytest.raises(UserError, match="does not exist"):
+        find_checkpoint(path)
+    with pytest.raises(StorageError, match=r"cannot write .*: File name too long"):
+        claim_run_folder(path, None, "run")
+
+
 def test_a_lost_checkpoint_is_not_taken_for_none(run):
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "last").symlink_to("step-000000010")
@@ -102,6 +156,9 @@ def test_a_run_copied_without_its_links_still_has_its_newest_checkpoint(run):
     for name in ("step-000000010", "step-000000020", ".tmp-step-000000030", "step-x"):
         (run / "checkpoints" / name).mkdir(parents=True)
     assert find_checkpoint(run, "last").name == "step-000000020"
+    for name in ("step-000000020-2", "step-000000020-10"):
+        (run / "checkpoints" / name).mkdir()
+    assert find_checkpoint(run, "last").name == "step-000000020-10"
 
 
 def test_a_run_may_be_named_like_a_checkpoint(tmp_path, run):

@@ -1,5 +1,6 @@
 """Whatever is wrong with a checkpoint, it is named, and the newest whole one is found; retention leaves one to find."""
 
+import errno
 import os
 import random
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from norm_matters.core.errors import StorageError
+from norm_matters.core.errors import StorageError, UserError
 from norm_matters.record import checkpoint as checkpoint_module
 from norm_matters.record import (
     files,
@@ -20,6 +21,7 @@ from norm_matters.record import (
     save_checkpoint,
     set_aside,
 )
+from norm_matters.record import state as state_module
 from norm_matters.record.state import VersionError, seal_state
 
 PARTS = ("model.safetensors", "training.safetensors", "state.json")
@@ -88,6 +90,35 @@ def test_any_damage_is_named_in_one_line_and_the_one_before_is_found(
     assert (again.checkpoint.step, again.damaged) == (20, {})  # pyright: ignore[reportOptionalMemberAccess]
     save(tmp_path, 30)
     assert newest_whole(tmp_path).checkpoint.step == 30  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_disk_that_does_not_answer_is_named_and_the_one_before_is_found(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 10)
+    last, read = save(tmp_path, 20), state_module.read_regular
+
+    def read_regular(path: Path, **options: int) -> bytes:
+        if path == last / part:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, **options)
+
+    monkeypatch.setattr(state_module, "read_regular", read_regular)
+    found = newest_whole(tmp_path)
+    assert (found.checkpoint.step, list(found.damaged)) == (10, [last.name])  # pyright: ignore
+    assert found.damaged[last.name] == f"cannot read {last / part}: Input/output error"
+    with pytest.raises(StorageError, match="Input/output error"):
+        load_checkpoint(last)
+
+
+@pytest.mark.parametrize("part", PARTS[:2])
+def test_a_part_that_grew_is_told_by_its_sizes(tmp_path: Path, part: str) -> None:
+    path = save(tmp_path, 10) / part
+    size = path.stat().st_size
+    lengthen(path)
+    with pytest.raises(UserError, match=rf"{part} is damaged: it has {size + 1:,} bytes instead of {size:,}$"):
+        load_checkpoint(path.parent)
 
 
 def test_a_checkpoint_folder_that_is_gone_counts_as_damaged(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The files of recorded norms: written, read, cut back, and refused where they are damaged."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -79,4 +80,23 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, keep: int) -> None:
     path = tmp_path / NORMS_FOLDER / "epoch-0001.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"epoch-0001\.safetensors is damaged"):
+        read_weight_norms(tmp_path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "bf16", "huge"])
+def test_a_stranger_s_file_is_neither_waited_for_nor_believed(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / NORMS_FOLDER / "epoch-0001.safetensors"
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        dtype, shape = ("BF16", "[1, 2]") if kind == "bf16" else ("F64", "[1099511627776, 1099511627776]")
+        header = f'{{"a": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [0, 4]}}}}'.encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match=r"epoch-0001\.safetensors is (damaged|a folder)"):
         read_weight_norms(tmp_path)

@@ -332,3 +332,23 @@ def test_the_good_run_is_good(stolen: Path, forge: Forge) -> None:
     forge()
     assert load_checkpoint(stolen / "checkpoints" / "last").model
     assert main(["train", f"--resume={stolen}", "--epochs=2", "--extend"]) == 0
+
+
+@pytest.mark.timeout(60)
+def test_names_are_looked_up_at_once_however_many_there_are(forge: Forge) -> None:
+    """20,000 tensors, each looked for among 200,000 names: minutes, if these were a list."""
+    data = save({f"{number:06}": torch.empty(0) for number in range(20_000)})
+
+    def name_many(document: dict[str, Any]) -> None:
+        document["parts"]["model.safetensors"]["channels_last"] = [f"x{number:06}" for number in range(200_000)]
+
+    folder = forge(name_many, model=data) / "checkpoints" / "last"
+    assert len(load_checkpoint(folder.resolve()).model) == 20_000
+
+
+def test_names_that_are_none(forge: Forge) -> None:
+    def name(document: dict[str, Any]) -> None:
+        document["parts"]["model.safetensors"]["channels_last"] = [["a"]]
+
+    with pytest.raises(UserError, match=r"says nothing valid about model\.safetensors"):
+        load_checkpoint((forge(name) / "checkpoints" / "last").resolve())

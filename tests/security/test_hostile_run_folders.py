@@ -14,6 +14,7 @@ from norm_matters.record.checkpoint import save_checkpoint
 from norm_matters.record.folder import claim_run_folder
 from norm_matters.record.lock import take_lock
 from norm_matters.record.trace import read_trace
+from norm_matters.record.weight_norms import read_weight_norms
 from norm_matters.report import write_report
 
 HOSTILE_NAMES = [
@@ -111,12 +112,15 @@ def test_a_lock_and_a_log_are_not_opened_through_links(tmp_path: Path, victim: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["results.csv", "trace.csv", "instruments.json", "log.txt"])
+@pytest.mark.parametrize(
+    "name", ["results.csv", "trace.csv", "instruments.json", "log.txt", "weight_norms/epoch-0001.safetensors"]
+)
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_what_is_no_file_is_not_waited_for(
     name: str, kind: str, stolen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = stolen / name
+    path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
@@ -125,11 +129,12 @@ def test_what_is_no_file_is_not_waited_for(
     else:
         path.mkdir()
     read = {"results.csv": write_report, "trace.csv": read_trace, "instruments.json": read_measurements}
+    read |= {"weight_norms/epoch-0001.safetensors": read_weight_norms}
     if name in read:
         with pytest.raises(UserError, match=name):
             read[name](stolen)
     capsys.readouterr()
-    if name != "instruments.json":  # which a run without instruments does not read
+    if name not in ("instruments.json", "weight_norms/epoch-0001.safetensors"):  # which this run does not read
         assert main(["train", f"--resume={stolen}", "--epochs=2", "--extend"]) in (2, 74)
         assert name in capsys.readouterr().err
 

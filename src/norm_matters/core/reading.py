@@ -5,7 +5,23 @@ import os
 import stat
 from pathlib import Path
 
+from norm_matters.core.errors import UserError
+
 APPENDED = 2**16
+
+
+def kind_of(path: Path) -> int:
+    """What is at a path, links followed: `stat.S_IFREG`, `stat.S_IFDIR` and so on; 0 where there is nothing.
+
+    Raises:
+        UserError: one may not look; `Path.is_file` and the like raise PermissionError then.
+    """
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except PermissionError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
+    except (OSError, ValueError):  # too long for a name, a NUL in it: nothing has it
+        return 0
 
 
 def read_regular(path: Path, *, limit: int) -> bytes:

@@ -135,7 +135,9 @@ def _scalar(text: str, place: str) -> Any:
         if _INT.fullmatch(text):
             return int(text)
         if _OCTAL.fullmatch(text) or _HEX.fullmatch(text):
-            return int(text, 0)
+            number = int(text, 0)
+            str(number)  # that could not be shown in any message
+            return number
     except ValueError:  # Python refuses decimal numbers of more than 4,300 digits
         raise UserError(f"{place}: a whole number with {len(text)} digits") from None
     return float(text) if _FLOAT.fullmatch(text) else text

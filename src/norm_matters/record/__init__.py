@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         find_checkpoint,
         is_run,
         latest_checkpoint,
+        launch_entry,
     )
     from norm_matters.record.instruments import (
         Measurements,
@@ -55,6 +56,7 @@ __all__ = [
     "held",
     "is_run",
     "latest_checkpoint",
+    "launch_entry",
     "load_checkpoint",
     "newest_whole",
     "note_unreadable",
@@ -85,6 +87,7 @@ __getattr__ = lazy_attributes(
             "find_checkpoint",
             "is_run",
             "latest_checkpoint",
+            "launch_entry",
         ),
         "instruments": (
             "Measurements",

@@ -6,6 +6,7 @@ states) and `state.json` (everything else, and the SHA-256 of the two). `last` a
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,12 +181,15 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _read_verified(path: Path, entry: Any) -> tuple[bytes, list[str]]:
+def _read_verified(path: Path, entry: Any) -> tuple[bytes, frozenset[str]]:
     """The bytes of a part, verified against its entry in the state; and the names of tensors stored channels last."""
     try:
-        sha256, size, channels_last = entry["sha256"], int(entry["size"]), list(entry["channels_last"])
+        sha256, size, channels_last = entry["sha256"], int(entry["size"]), frozenset(entry["channels_last"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path.parent / STATE_FILE} says nothing valid about {path.name}") from error
+    with suppress(OSError):  # which reading it tells
+        if path.is_file() and (found := path.stat().st_size) > size:
+            raise UserError(f"{path} is damaged: it has {found:,} bytes instead of {size:,}")
     data = read_part(path, limit=min(size, most_bytes()))
     if len(data) != size:
         raise UserError(f"{path} is cut short: {len(data)} of {size} bytes")

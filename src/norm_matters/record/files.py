@@ -153,7 +153,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
         folder: on that disk; the nearest folder above it that exists is asked.
         checkpoint: bytes of one.
     """
-    place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    place = next(place for place in (folder, *folder.absolute().parents) if os.path.isdir(place))
     with storing(folder):
         free = shutil.disk_usage(place).free
     needed = CHECKPOINTS_THAT_MUST_FIT * checkpoint
@@ -171,7 +171,7 @@ def make_folder(path: Path) -> None:
     Raises:
         StorageError: it could not be made, or a file is in the way.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, also where one may not look: to make it then says so
         return
     with storing(path):
         os.makedirs(path, FOLDER_MODE, exist_ok=True)
@@ -184,7 +184,7 @@ def make_own_folder(path: Path) -> None:
     Raises:
         StorageError: it could not be made, a file is in the way, or a link that may lead anywhere.
     """
-    if path.is_symlink():
+    if os.path.islink(path):
         raise StorageError(f"cannot write {path}: it is a link; put the folder that it leads to in its place")
     make_folder(path)
 
@@ -234,13 +234,13 @@ def remove_folder(path: Path) -> bool:
     with suppress(OSError):
         os.rename(path, temporary)
     shutil.rmtree(temporary, ignore_errors=True)
-    return not path.exists()
+    return not os.path.exists(path)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes left in a folder. Only for the process that owns the folder."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        if path.is_dir() and not path.is_symlink():
+        if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):

@@ -2,12 +2,14 @@
 
 import os
 import re
+import stat
 from pathlib import Path, PurePath
+from typing import Any
 
 from norm_matters.core.errors import UserError
 from norm_matters.core.json import MAX_BYTES, parse_json
 from norm_matters.core.names import RULE, is_plain_name
-from norm_matters.core.reading import read_regular
+from norm_matters.core.reading import kind_of, read_regular
 from norm_matters.record.files import TEMPORARY, claim_folder, make_folder
 from norm_matters.record.state import STATE_FILE, read_state
 
@@ -41,10 +43,11 @@ def claim_run_folder(output: Path, name: str | None, default: str, *, again: boo
     make_folder(output)
     folder, count = output / base, 1
     while not claim_folder(folder):
-        if name is not None and again and not (folder / PROVENANCE_FILE).exists():
+        if name is not None and again and not kind_of(folder / PROVENANCE_FILE):
             break
         if name is not None:
-            raise UserError(f"name: '{name}' is taken ({folder}); choose another, or continue it with --resume")
+            hint = "or continue it with --resume" if is_run(folder) else "or remove it: no run is recorded in it"
+            raise UserError(f"name: '{name}' is taken ({folder}); choose another, {hint}")
         count += 1
         folder = output / f"{base}-{count}"
     return folder
@@ -73,20 +76,43 @@ def find_begun(output: Path, launch: str, settings: str) -> Path | None:
         launch: the launch's name.
         settings: a digest of the settings that it was started with.
     """
-    begun: list[tuple[str, Path]] = []
-    for path in output.glob(f"*/{PROVENANCE_FILE}"):
+    return max(_begun(output, launch, settings), default=(0, "", None))[2]
+
+
+def launch_entry(output: Path, launch: str, settings: str) -> dict[str, Any]:
+    """What a new run records of its launch, so that `find_begun` finds it: a number orders the runs of one launch.
+
+    Args: as in `find_begun`.
+    """
+    number = 1 + max((number for number, _, _ in _begun(output, launch, settings)), default=0)
+    return {"id": launch, "settings": settings, "number": number}
+
+
+def _begun(output: Path, launch: str, settings: str) -> list[tuple[int, str, Path]]:
+    """Number, start and folder of the runs of a launch; runs from before these were numbered have 0."""
+    begun: list[tuple[int, str, Path]] = []
+    try:
+        paths = list(output.glob(f"*/{PROVENANCE_FILE}"))
+    except OSError:
+        return []  # to write there fails, and says why
+    for path in paths:
         try:
             found = parse_json(read_regular(path, limit=MAX_BYTES))
-            if found["launch"] == {"id": launch, "settings": settings} and is_run(path.parent):
-                begun.append((found["started"], path.parent))
-        except (OSError, ValueError, KeyError, TypeError):
+            of = found["launch"]
+            if (of["id"], of["settings"]) == (launch, settings) and is_run(path.parent):
+                begun.append((int(of.get("number", 0)), str(found["started"]), path.parent))
+        except (OSError, ValueError, LookupError, TypeError, OverflowError, UserError):
             continue  # another run's, from before, or damaged
-    return max(begun)[1] if begun else None
+    return begun
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's: it has the two files every run starts with."""
-    return (path / "config.yaml").is_file() and (path / PROVENANCE_FILE).is_file()
+    """Whether a folder is a run's: it has the two files every run starts with.
+
+    Raises:
+        UserError: one may not look into it.
+    """
+    return all(kind_of(path / name) == stat.S_IFREG for name in ("config.yaml", PROVENANCE_FILE))
 
 
 def check_links(run: Path) -> None:
@@ -95,14 +121,17 @@ def check_links(run: Path) -> None:
     `last` and `best` may be, see `link_target`; and what a kill has left, which is removed without being followed.
     """
     checkpoints = run / CHECKPOINTS
-    entries = [*run.iterdir(), *(path for path in _entries(checkpoints) if path.name not in (LAST, BEST))]
+    entries = [*_entries(run), *(path for path in _entries(checkpoints) if path.name not in (LAST, BEST))]
     for path in entries:
         if path.is_symlink() and not path.name.startswith(TEMPORARY):
             raise UserError(f"{path} is a link; a run's files are its own: put what it leads to in its place")
 
 
 def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return list(folder.iterdir()) if kind_of(folder) == stat.S_IFDIR else []
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be read: {error.strerror}") from error
 
 
 def find_checkpoint(target: Path, prefer: str = BEST) -> Path:
@@ -114,16 +143,16 @@ def find_checkpoint(target: Path, prefer: str = BEST) -> Path:
         prefer: `best` or `last`: which one of a run.
 
     Raises:
-        UserError: it is neither, or a run without a checkpoint.
+        UserError: it is neither, or a run without a checkpoint, or one may not look into it.
     """
     if is_run(target):
         folder = latest_checkpoint(target, prefer)
         if folder is None:
             raise UserError(f"'{target}' has no checkpoint yet: the run ended before its first epoch did")
         return folder
-    if (target / STATE_FILE).is_file() or STEP_FOLDER.fullmatch(target.name):
+    if kind_of(target / STATE_FILE) == stat.S_IFREG or STEP_FOLDER.fullmatch(target.name):
         return target.resolve()
-    what = "is neither a run folder nor a checkpoint" if target.exists() else "does not exist"
+    what = "is neither a run folder nor a checkpoint" if kind_of(target) else "does not exist"
     raise UserError(f"'{target}' {what}")
 
 
@@ -135,24 +164,37 @@ def latest_checkpoint(run: Path, prefer: str = LAST) -> Path | None:
     """
     assert prefer in (LAST, BEST)
     checkpoints = run / CHECKPOINTS
-    last = link_target(checkpoints / LAST) or _newest(checkpoints)
+    # Runs may have been copied without their links.
+    last = link_target(checkpoints / LAST) or next(iter(checkpoint_folders(checkpoints)), None)
     if last is None or prefer == LAST or marked_best(last):
         return last
     return link_target(checkpoints / BEST) or last
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """The folders of checkpoints, the newest first."""
+    folders = [folder for folder in checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
+    return sorted(folders, key=checkpoint_age, reverse=True)
+
+
+def checkpoint_age(folder: Path) -> tuple[int, int]:
+    """The step of a checkpoint's folder, and how often that step has been saved by then."""
+    _, step, *again = folder.name.split("-")
+    return int(step), int(again[0]) if again else 1
 
 
 def link_target(link: Path) -> Path | None:
     """Where `last` or `best` leads; itself if it is a folder (a copy made with `cp -L`); None if there is nothing.
 
     Raises:
-        UserError: it leads out of the folder that it is in.
+        UserError: it leads out of the folder that it is in, or one may not look.
     """
-    if link.is_symlink():
+    if os.path.islink(link):
         target = os.readlink(link)
         if not STEP_FOLDER.fullmatch(target):
             raise UserError(f"{link} leads to {target!r:.80}, which is no checkpoint beside it; remove the link")
         return link.parent / target
-    return link if link.is_dir() else None
+    return link if kind_of(link) == stat.S_IFDIR else None
 
 
 def marked_best(folder: Path) -> bool:
@@ -171,9 +213,3 @@ def _plain(text: str) -> str:
     kind, _, rest = text.rpartition(":") if "/" in text else ("", "", text)
     text = f"{kind}-{PurePath(rest).name}" if kind else PurePath(rest).name
     return re.sub(r"[^A-Za-z0-9._]+", "-", text.replace("=", "")).strip("-._") or "run"
-
-
-def _newest(checkpoints: Path) -> Path | None:
-    """The checkpoint of the highest step, for runs copied without their links."""
-    folders = [folder for folder in checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
-    return max(folders, key=lambda folder: folder.name, default=None)

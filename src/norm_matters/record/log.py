@@ -31,5 +31,8 @@ class RunLog:
 
 
 def printable_line(line: str) -> str:
-    """Names of files and classes may hold anything: nothing in a log may move the reader's cursor."""
+    """The text on one line, with control characters escaped.
+
+    Names of files and classes may hold anything: nothing in a log, or on a terminal, may move the reader's cursor.
+    """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -1,15 +1,17 @@
 """The newest checkpoint of a run that is whole: a damaged one is named, and the one before it is taken."""
 
+import os
+import stat
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.reading import kind_of
 from norm_matters.record import files
 from norm_matters.record.checkpoint import Checkpoint, check_checkpoint, load_checkpoint
-from norm_matters.record.folder import BEST, CHECKPOINTS, LAST, link_target
-from norm_matters.record.retention import checkpoint_folders
+from norm_matters.record.folder import BEST, CHECKPOINTS, LAST, checkpoint_folders, link_target
 from norm_matters.record.state import VersionError
 
 DAMAGED = "damaged-"
@@ -31,10 +33,14 @@ class Recovered(NamedTuple):
 
 
 def has_checkpoints(run: Path) -> bool:
-    """Whether there are checkpoints of a run, or were: a link to one that is gone counts."""
+    """Whether there are checkpoints of a run, or were: a link to one that is gone counts.
+
+    Raises:
+        UserError: one may not look.
+    """
     checkpoints = run / CHECKPOINTS
-    return any((checkpoints / name).is_symlink() for name in (LAST, BEST)) or (
-        (checkpoints / LAST).is_dir() or bool(checkpoint_folders(checkpoints))
+    return any(os.path.islink(checkpoints / name) for name in (LAST, BEST)) or (
+        kind_of(checkpoints / LAST) == stat.S_IFDIR or bool(checkpoint_folders(checkpoints))
     )
 
 

@@ -4,22 +4,27 @@ from pathlib import Path
 
 from norm_matters.core.errors import StorageError, UserError
 from norm_matters.record import files
-from norm_matters.record.folder import BEST, CHECKPOINTS, LAST, STEP_FOLDER, latest_checkpoint, link_target, marked_best
+from norm_matters.record.folder import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    STEP_FOLDER,
+    checkpoint_age,
+    checkpoint_folders,
+    latest_checkpoint,
+    link_target,
+    marked_best,
+)
 from norm_matters.record.state import read_state
 
 FEWEST = 2
 """Checkpoints that are kept at least: a damaged one has one before it."""
 
 
-def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """The folders of checkpoints, the newest first."""
-    folders = [folder for folder in checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
-    return sorted(folders, key=_age, reverse=True)
-
-
 def free_folder(checkpoints: Path, step: int) -> Path:
     """Where to save a step: what was saved at this step before is newer than nothing, and gets no new contents."""
-    same = [_age(folder)[1] for folder in checkpoint_folders(checkpoints) if _age(folder)[0] == step]
+    ages = map(checkpoint_age, checkpoint_folders(checkpoints))
+    same = [count for saved, count in ages if saved == step]
     name = f"step-{step:09d}"
     return checkpoints / (f"{name}-{max(same) + 1}" if same else name)
 
@@ -31,7 +36,7 @@ def remove_leftovers(checkpoints: Path) -> None:
         return
     best = link_target(checkpoints / BEST)
     for folder in checkpoint_folders(checkpoints):
-        if _age(folder) > _age(last) and folder != best:
+        if checkpoint_age(folder) > checkpoint_age(last) and folder != best:
             files.remove_folder(folder)
 
 
@@ -69,9 +74,3 @@ def is_finite(folder: Path) -> bool:
         return read_state(folder).get("finite", True)
     except (UserError, StorageError):
         return False
-
-
-def _age(folder: Path) -> tuple[int, int]:
-    """The step, and how often that step has been saved by then."""
-    _, step, *again = folder.name.split("-")
-    return int(step), int(again[0]) if again else 1

@@ -1,18 +1,17 @@
 """Safetensors that a stranger may have written: looked at before anything is made of them.
 
 The format runs no code, but says nothing of what is sensible: the header is read with the limits of other JSON, and
-only plain tensors of numbers are taken.
+only plain tensors of numbers are taken. Imports torch only to make tensors.
 """
 
 import os
 from collections.abc import Mapping
-from typing import Any, TypeGuard
-
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from norm_matters.core.json import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER = 2**24
 MAX_TENSORS = 200_000
@@ -28,13 +27,16 @@ def most_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def unpack_tensors(data: bytes) -> dict[str, Tensor]:
+def unpack_tensors(data: bytes) -> "dict[str, Tensor]":
     """The tensors of a safetensors file by name, on the CPU.
 
     Raises:
         ValueError: it is cut short or damaged, or its header is larger, nested deeper or says stranger things than any
             that was written here.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     check_header(data[: 8 + MAX_HEADER], len(data))
     try:
         return load(data)

@@ -14,6 +14,8 @@ import numpy as np
 
 from norm_matters.core.errors import StorageError, UserError
 from norm_matters.record.files import make_folder, remove_temporaries, write_file
+from norm_matters.record.state import read_part
+from norm_matters.record.tensors import MAX_HEADER, check_header, most_bytes
 
 NORMS_FOLDER = "weight_norms"
 _FILE = re.compile(r"epoch-(\d{4,})\.safetensors")
@@ -84,11 +86,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], str]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
+    data = read_part(path, limit=most_bytes())
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
+        check_header(data[: 8 + MAX_HEADER], len(data))
         layers = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged: {error}") from error

@@ -2,6 +2,7 @@
 
 import json
 import math
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from norm_matters.core.errors import UserError
 from norm_matters.core.json import MAX_BYTES, parse_json
-from norm_matters.core.reading import read_regular
+from norm_matters.core.reading import kind_of, read_regular
 from norm_matters.core.yaml import read_yaml
 from norm_matters.record.table import read_table
 
@@ -64,7 +65,7 @@ def read_run(folder: Path) -> RunFiles:
         UserError: the folder is no run, or a file in it cannot be read; names the file.
     """
     config_file = folder / "config.yaml"
-    if not config_file.is_file():
+    if kind_of(config_file) != stat.S_IFREG:
         raise UserError(f"'{folder}' is not a run: it has no config.yaml")
     config = read_yaml(_read_text(config_file), str(config_file))
     if not isinstance(config, dict):
@@ -121,7 +122,7 @@ def _read_text(path: Path) -> str:
 
 def _read_provenance(path: Path) -> dict[str, Any]:
     """The provenance, flattened; a run that is just starting may have none."""
-    if not path.is_file():
+    if kind_of(path) != stat.S_IFREG:
         return {}
     try:
         value = parse_json(_read_text(path), nan=True)
