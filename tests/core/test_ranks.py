@@ -5,12 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
-from norm_matters.core.distributed import wait_for_answer
+from norm_matters.core.distributed import find_store
 from norm_matters.core.errors import LostRankError, NumericalError, StorageError, UserError
 from norm_matters.core.ranks import (
     Ranks,
@@ -203,13 +206,44 @@ def test_a_rank_ends_with_its_launcher():
 
 
 def test_whoever_waits_where_nobody_comes_gives_up_in_time() -> None:
-    """torch's own client would try for minutes, whatever its timeout."""
+    """torch's own client would try for several times as long."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         begun = time.monotonic()
         with pytest.raises(LostRankError, match=rf"nobody answers at 127\.0\.0\.1:{port}, where the ranks meet"):
-            wait_for_answer("127.0.0.1", port, 0.2)
+            find_store("127.0.0.1", port, 2, timedelta(seconds=0.2))
         assert time.monotonic() - begun < 10
-        probe.listen()
-        wait_for_answer("127.0.0.1", port, 0.2)
+
+
+def test_whoever_answers_and_dies_is_not_waited_for() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+
+        def die() -> None:
+            listener.accept()[0].close()
+            listener.close()
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        begun = time.monotonic()
+        with pytest.raises(LostRankError, match="nobody answers"):
+            find_store("127.0.0.1", port, 2, timedelta(seconds=3))
+        assert time.monotonic() - begun < 7
+        thread.join()
+
+
+def test_a_store_that_comes_up_later_is_found() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    housed: list[TCPStore] = []
+    thread = threading.Timer(0.3, lambda: housed.append(TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False)))
+    thread.start()
+    store = find_store("127.0.0.1", port, 2, timedelta(seconds=30))
+    thread.join()
+    housed[0].set("key", "value")
+    assert store.get("key") == b"value"
+    assert store.timeout == timedelta(seconds=30)

@@ -32,7 +32,7 @@ from norm_matters.core.ranks import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch._C._distributed_c10d import Store
+    from torch._C._distributed_c10d import Store, TCPStore
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
@@ -45,6 +45,9 @@ PATIENCE = 10.0
 
 SECONDS_BETWEEN_TRIES = 0.05
 """How often a rank knocks where the ranks meet."""
+
+_TRY = timedelta(seconds=1)
+"""How long torch's client tries, each of two times."""
 
 MOMENT = 1.0
 """Seconds that the other ranks leave the first to say why all of them end."""
@@ -361,34 +364,43 @@ def _store(ranks: Ranks, wait: timedelta) -> "Store":
     is_master, alone = ranks.first and not housed, ranks.address in _THIS_MACHINE
     address = _LOOPBACK if alone else ranks.address
     if not is_master:
-        wait_for_answer(address, ranks.port, wait.total_seconds())
+        return find_store(address, ranks.port, ranks.world, wait)
     return TCPStore(
         address,
         ranks.port,
         ranks.world,
-        is_master=is_master,
+        is_master=True,
         timeout=wait,
         multi_tenant=True,
         wait_for_workers=False,
-        master_listen_fd=_listening_to_this_machine(ranks.port) if is_master and alone else None,
+        master_listen_fd=_listening_to_this_machine(ranks.port) if alone else None,
     )
 
 
-def wait_for_answer(address: str, port: int, seconds: float) -> None:
-    """Wait until the rank that houses the store has come up; torch itself would wait many times as long.
+def find_store(address: str, port: int, world: int, wait: timedelta) -> "TCPStore":
+    """The store that another process houses, as soon as that has come up.
+
+    torch's own client would wait several times as long, and so it tries only where somebody answers, and not for long:
+    who answered may have died since.
 
     Raises:
         LostRankError: nobody answers for so long.
     """
-    deadline = time.monotonic() + seconds
+    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed import DistNetworkError
+
+    deadline = time.monotonic() + wait.total_seconds()
     while True:
         try:
             socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())).close()
-            return
-        except OSError as error:
+            store = TCPStore(address, port, world, timeout=_TRY, multi_tenant=True, wait_for_workers=False)
+            store.set_timeout(wait)
+            return store
+        except (OSError, DistNetworkError) as error:
             if time.monotonic() >= deadline:
+                reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
                 raise LostRankError(
-                    f"nobody answers at {address}:{port}, where the ranks meet ({error.strerror or error}); "
+                    f"nobody answers at {address}:{port}, where the ranks meet ({reason}); "
                     "train.rank_timeout says how long to wait"
                 ) from error
         time.sleep(SECONDS_BETWEEN_TRIES)
