@@ -1,13 +1,23 @@
 """Writes paper.md from the verdicts in results/claims: `python docs/paper.py`. Every number there comes from a file."""
 
+import csv
 import math
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from norm_matters.experiments.claims import RECIPES
-from norm_matters.experiments.claims.evidence import read_verdicts
-from norm_matters.experiments.claims.recipe import SCALES, Recipe, outcome
+from norm_matters.experiments.claims.evidence import RUNS_FILE, read_verdicts
+from norm_matters.experiments.claims.recipe import (
+    END_STATES,
+    LAST_QUARTER,
+    SCALES,
+    Recipe,
+    outcome,
+    window_accuracy,
+)
+from norm_matters.experiments.statistics import mean_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "claims"
@@ -84,7 +94,7 @@ def _experiment(recipe: Recipe, found: Mapping[tuple[str, str, str], Mapping[str
     lines.append(f"Recipe: [{module.rpartition('/')[2]}](../{module}). {recipe.differs}".strip())
     lines.append("")
     if recipe.arms:
-        lines += ["Arms: " + "; ".join(f"`{arm.name}`: {arm.meaning.rstrip('.')}" for arm in recipe.arms) + ".", ""]
+        lines += [*_arms(recipe, scales), ""]
     for claim in recipe.claims:
         lines += [f"**{claim.id}** {claim.statement}" + (f" In the paper: {claim.paper}" if claim.paper else "")]
         lines += [f"Rule: {claim.rule}.", ""]
@@ -100,6 +110,41 @@ def _experiment(recipe: Recipe, found: Mapping[tuple[str, str, str], Mapping[str
     for scale in scales:
         lines += [_ran(recipe, scale, found), ""]
     return "\n".join(lines)
+
+
+def _arms(recipe: Recipe, scales: Sequence[str]) -> list[str]:
+    """The arms as a table, with what came out of each: mean and standard deviation over its seeds."""
+    heads = ["arm", "what it is", *(f"accuracy, {scale} scale, % (SD; seeds)" for scale in scales)]
+    results = [_accuracies(recipe, scale) for scale in scales]
+    rows = [
+        _row(f"`{arm.name}`", arm.meaning.rstrip("."), *(_spread(found.get(arm.name)) for found in results))
+        for arm in recipe.arms
+    ]
+    return [_row(*heads), _row(*("---" for _ in heads)), *rows]
+
+
+def _accuracies(recipe: Recipe, scale: str) -> dict[str, list[float]]:
+    """Arm -> the mean accuracy over the last quarter of each run that came to an end; NaN of one that stopped."""
+    with (RESULTS / f"{recipe.id}-{scale}" / RUNS_FILE).open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        if row["state"] in END_STATES:
+            runs.setdefault((row["arm"], row["seed"]), []).append(row)
+    found: dict[str, list[float]] = {}
+    epochs = recipe.scale(scale).config["train.epochs"]
+    for (arm, _), own in runs.items():
+        found.setdefault(arm, []).append(window_accuracy(own, LAST_QUARTER) if len(own) == epochs else math.nan)
+    return found
+
+
+def _spread(values: Sequence[float] | None) -> str:
+    if values is None:
+        return "not run"
+    whole = [value for value in values if math.isfinite(value)]
+    told = mean_interval(whole)
+    stopped = f", {len(values) - len(whole)} stopped" if len(whole) < len(values) else ""
+    return f"{told.mean:.2f} ({told.sd:.2f}; {told.n}{stopped})" if len(whole) > 1 else f"–{stopped}"
 
 
 def _outcome(verdict: Mapping[str, Any]) -> str:
@@ -141,12 +186,24 @@ def _ran(recipe: Recipe, scale: str, found: Mapping[tuple[str, str, str], Mappin
         found[recipe.id, scale, claim.id] for claim in recipe.claims if (recipe.id, scale, claim.id) in found
     )
     folder = f"results/claims/{recipe.id}-{scale}"
-    kinds = [
-        f"{kind['runs']} runs on {_machine(kind)}, torch {(kind.get('versions') or {}).get('torch')}"
-        for kind in verdict["provenance"].get("runs", [])
+    provenance = verdict["provenance"]
+    kinds = [f"{kind['runs']} runs {_origin(kind)}" for kind in provenance.get("runs", [])]
+    origin = "; ".join(kinds) or _origin(provenance)
+    lines = [
+        f"{recipe.scale(scale).about} Numbers: [{folder}](../{folder}), {origin}. Made by",
+        "",
+        "```bash",
+        shlex.join(provenance["command"]),
+        "```",
     ]
-    machine = "; ".join(kinds) or _machine(verdict["provenance"])
-    return f"{recipe.scale(scale).about} Numbers: [{folder}](../{folder}) ({machine})."
+    return "\n".join(lines)
+
+
+def _origin(kind: Mapping[str, Any]) -> str:
+    """Commit, versions and device of what was run."""
+    package = kind["package"]
+    commit = f"{(package.get('commit') or 'unknown')[:7]}{' and changes' if package.get('dirty') else ''}"
+    return f"at commit {commit}, torch {kind['versions']['torch']}, on {_machine(kind)}"
 
 
 def _machine(provenance: Mapping[str, Any]) -> str:

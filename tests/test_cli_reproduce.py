@@ -157,6 +157,23 @@ def test_the_page_of_docs_is_what_its_script_writes() -> None:
     assert (ROOT / "docs" / "paper.md").read_text() == docs_script().text()
 
 
+def test_the_page_of_docs_tells_mean_and_spread_of_each_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, recipe = docs_script(), RECIPES.get("wd")
+    epochs = recipe.scale("smoke").config["train.epochs"]
+    assert epochs == 8  # the last quarter are two epochs
+    lines = ["arm,seed,state,val_error1"]
+    for arm, seed, state, error in (("on", 0, "done", 10), ("on", 1, "done", 13), ("off", 0, "missing", 20)):
+        lines += [f"{arm},{seed},{state},{error if epoch > 5 else 90}" for epoch in range(epochs)]
+    lines += [f"corrected,{seed},{state},50" for seed, state in ((0, "diverged"), (1, "diverged"))]
+    (tmp_path / "wd-smoke").mkdir()
+    (tmp_path / "wd-smoke" / "runs.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    last = {line.split("`")[1]: line.split(" | ")[-1] for line in script._arms(recipe, ["smoke"])[2:]}
+    assert last["on"] == "88.50 (2.12; 2) |"
+    assert last["off"] == "not run |"
+    assert last["corrected"] == "–, 2 stopped |"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_at_smoke_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

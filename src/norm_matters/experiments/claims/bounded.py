@@ -75,10 +75,8 @@ RECIPE = Recipe(
     baseline="batch-norm",
     diverged=20.0,
     differs="Each arm chooses its learning rate on images held back from the training set. He initialisation comes "
-    "before "
-    "the weights are wrapped. All weight norms have a mean-only batch norm behind each convolution, gradients "
-    "clipped at "
-    "5, and weight decay (1e-4) on the last layer alone.",
+    "before the weights are wrapped. All weight norms have a mean-only batch norm behind each convolution, gradients "
+    "clipped at 5, and weight decay (1e-4) on the last layer alone.",
     paper_curves={
         "batch-norm": PaperCurve(_FIGURE, "batchnorm", "batch norm"),
         "bounded": PaperCurve(_FIGURE, "bwn", "bounded weight norm"),

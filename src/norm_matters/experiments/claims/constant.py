@@ -3,8 +3,8 @@
 import math
 
 from norm_matters.experiments.claims.decide import compare, is_as_good, is_worse, together
-from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Scale, Verdict, Word
-from norm_matters.experiments.claims.sizes import CIFAR, SMOKE, SMOKE_ABOUT, VGG_SMALL, imagenet
+from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Verdict, Word
+from norm_matters.experiments.claims.sizes import norm_scales, norm_setting
 
 _C = math.sqrt(math.pi / 2)
 _FIGURE = "l1_constant_imagenet_error"
@@ -36,10 +36,6 @@ def _start(evidence: Evidence) -> Verdict:
     return together("Q-GAMMA", [*decisive, *others], words=words)
 
 
-def _norm(spec: str) -> dict[str, str]:
-    return {"model.norm": spec}
-
-
 RECIPE = Recipe(
     id="constant",
     question="Does the constant of L1 batch norm matter, although gamma can learn any factor?",
@@ -63,19 +59,21 @@ RECIPE = Recipe(
         ),
     ),
     arms=(
-        Arm("l1", "L1 with its constant C = sqrt(pi / 2).", _norm("l1")),
-        Arm("quarter", "C / 4: outputs four times as large.", _norm(f"l1:constant={_C / 4:.6f}")),
-        Arm("four", "4 C: outputs a quarter as large.", _norm(f"l1:constant={4 * _C:.6f}")),
+        Arm("l1", "L1 with its constant C = sqrt(pi / 2).", norm_setting("l1")),
+        Arm("quarter", "C / 4: outputs four times as large.", norm_setting(f"l1:constant={_C / 4:.6f}")),
+        Arm("four", "4 C: outputs a quarter as large.", norm_setting(f"l1:constant={4 * _C:.6f}")),
         Arm(
             "quarter-undone",
             "C / 4, and gamma starts at 1/4: outputs as with C.",
-            _norm(f"l1:constant={_C / 4:.6f},gamma=0.25"),
+            norm_setting(f"l1:constant={_C / 4:.6f},gamma=0.25"),
         ),
         Arm(
-            "four-undone", "4 C, and gamma starts at 4: outputs as with C.", _norm(f"l1:constant={4 * _C:.6f},gamma=4")
+            "four-undone",
+            "4 C, and gamma starts at 4: outputs as with C.",
+            norm_setting(f"l1:constant={4 * _C:.6f},gamma=4"),
         ),
-        Arm("gamma-four", "C, and gamma starts at 4: outputs as with C / 4.", _norm("l1:gamma=4")),
-        Arm("gamma-quarter", "C, and gamma starts at 1/4: outputs as with 4 C.", _norm("l1:gamma=0.25")),
+        Arm("gamma-four", "C, and gamma starts at 4: outputs as with C / 4.", norm_setting("l1:gamma=4")),
+        Arm("gamma-quarter", "C, and gamma starts at 1/4: outputs as with 4 C.", norm_setting("l1:gamma=0.25")),
     ),
     baseline="l1",
     diverged=20.0,
@@ -85,20 +83,5 @@ RECIPE = Recipe(
         "quarter": PaperCurve(_FIGURE, "quarter", "C / 4"),
         "four": PaperCurve(_FIGURE, "four", "4 C"),
     },
-    scales={
-        "smoke": Scale(SMOKE, 2, "digits", SMOKE_ABOUT),
-        "small": Scale(
-            {**VGG_SMALL, "train.epochs": 6, "train.instruments": "none"},
-            5,
-            CIFAR,
-            "Small scale: VGG11 at an eighth of its width on CIFAR-10 for 6 epochs in place of ResNet-18 on ImageNet "
-            "for 80. 35 runs, about an hour and a quarter on 2 cores.",
-        ),
-        "paper": Scale(
-            imagenet("resnet18", epochs=81),
-            3,
-            "imagenet",
-            "Paper scale: ResNet-18 on ImageNet, 81 epochs, three seeds.",
-        ),
-    },
+    scales=norm_scales(small_about="80. 35 runs, about an hour and a quarter on 2 cores.", paper_epochs=81),
 )

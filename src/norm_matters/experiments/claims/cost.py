@@ -76,10 +76,8 @@ def _compute(scale: str) -> list[Table]:
             "Cost of each norm",
             costs,
             "Forward and backward in training with a ReLU behind, float32: the median of rounds in which the norms "
-            "take "
-            "turns. Passes: the fewest over the input, its gradient and the output that a norm cannot do without. "
-            "Bytes "
-            "kept between forward and backward, and the most alive at once.",
+            "take turns. Passes: the fewest over the input, its gradient and the output that a norm cannot do without. "
+            "Bytes kept between forward and backward, and the most alive at once.",
         ),
         Table("rounds", "Time over L2's, round by round", rounds, "Geometric mean over the shapes."),
     ]
@@ -130,8 +128,7 @@ RECIPE = Recipe(
         ),
     ),
     differs="Times are those of this package's norms on this machine: they say nothing of special hardware, which is "
-    "what "
-    "the paper's claim is about.",
+    "what the paper's claim is about.",
     compute=_compute,
     scales={
         "smoke": Scale({}, 0, "", "Smoke scale: one small shape, five rounds; its verdicts mean nothing."),

@@ -179,8 +179,7 @@ def _choices(plan: ExperimentPlan) -> Table | None:
     ]
     note = (
         f"Accuracy (%) over the last quarter on {100 * choice.holdout:g}% of the training images, held back; 0: "
-        f"diverged. "
-        "The best is what the arm is compared with."
+        "diverged. The best is what the arm is compared with."
     )
     return Table("choices", f"The choice of {choice.key}", rows, note) if rows else None
 

@@ -123,8 +123,7 @@ RECIPE = Recipe(
     baseline="l2",
     diverged=20.0,
     differs="Both norms are cast at the same places (docs/numerics.md says where), forward and backward; the rest of "
-    "the "
-    "network stays in float32. The authors' code lowers the statistics' path of the norm too, in ways that differ "
+    "the network stays in float32. The authors' code lowers the statistics' path of the norm too, in ways that differ "
     "between the norms.",
     paper_curves={
         "l2": PaperCurve(_FIGURE, "baseline", "float32 baseline"),

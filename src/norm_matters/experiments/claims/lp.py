@@ -1,8 +1,8 @@
 """LP-1 and LP-2: L1, Linf and Top(10) in place of L2, and whether Linf's deficit is its constant or its noise."""
 
 from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, is_worse, opposite, share, together, verdict
-from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Scale, Verdict, Word
-from norm_matters.experiments.claims.sizes import CIFAR, SMOKE, SMOKE_ABOUT, VGG_SMALL, imagenet
+from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, PaperCurve, Recipe, Verdict, Word
+from norm_matters.experiments.claims.sizes import norm_scales, norm_setting
 
 _FIGURE = "lp_norms_imagenet_error"
 
@@ -28,10 +28,6 @@ def _noise(evidence: Evidence) -> Verdict:
         further.append(compare(evidence, "l2-noise-topk", "l2"))
     words: list[Word] = [is_worse(deficit), noise.word, opposite(constant.word)]
     return together("Q-NOISE", [deficit, noise, constant, *further], words=words)
-
-
-def _norm(spec: str) -> dict[str, str]:
-    return {"model.norm": spec}
 
 
 RECIPE = Recipe(
@@ -66,14 +62,14 @@ RECIPE = Recipe(
         ),
     ),
     arms=(
-        Arm("l2", "L2: plain batch norm.", _norm("l2")),
-        Arm("l1", "L1.", _norm("l1")),
-        Arm("linf-paper", "Linf with the paper's constant.", _norm("linf:constant=paper")),
-        Arm("topk-paper", "Top(10) with the paper's constant.", _norm("topk:k=10,constant=paper")),
-        Arm("linf", "Linf with the constant that makes Gaussian output of rms 1.", _norm("linf")),
-        Arm("l2-noise-linf", "L2, sigma as noisy as Linf's.", _norm("noisy:base=l2,like=linf")),
-        Arm("topk", "Top(10) with the calibrated constant.", _norm("topk:k=10")),
-        Arm("l2-noise-topk", "L2, sigma as noisy as Top(10)'s.", _norm("noisy:base=l2,like=(topk:k=10)")),
+        Arm("l2", "L2: plain batch norm.", norm_setting("l2")),
+        Arm("l1", "L1.", norm_setting("l1")),
+        Arm("linf-paper", "Linf with the paper's constant.", norm_setting("linf:constant=paper")),
+        Arm("topk-paper", "Top(10) with the paper's constant.", norm_setting("topk:k=10,constant=paper")),
+        Arm("linf", "Linf with the constant that makes Gaussian output of rms 1.", norm_setting("linf")),
+        Arm("l2-noise-linf", "L2, sigma as noisy as Linf's.", norm_setting("noisy:base=l2,like=linf")),
+        Arm("topk", "Top(10) with the calibrated constant.", norm_setting("topk:k=10")),
+        Arm("l2-noise-topk", "L2, sigma as noisy as Top(10)'s.", norm_setting("noisy:base=l2,like=(topk:k=10)")),
     ),
     baseline="l2",
     diverged=20.0,
@@ -84,20 +80,5 @@ RECIPE = Recipe(
         "linf-paper": PaperCurve(_FIGURE, "R18_Linf", "Linf"),
         "topk-paper": PaperCurve(_FIGURE, "R18_Top10", "Top(10)"),
     },
-    scales={
-        "smoke": Scale(SMOKE, 2, "digits", SMOKE_ABOUT),
-        "small": Scale(
-            {**VGG_SMALL, "train.epochs": 6, "train.instruments": "none"},
-            5,
-            CIFAR,
-            "Small scale: VGG11 at an eighth of its width on CIFAR-10 for 6 epochs in place of ResNet-18 on ImageNet "
-            "for 95. 40 runs, about an hour and a half on 2 cores.",
-        ),
-        "paper": Scale(
-            imagenet("resnet18", epochs=95),
-            3,
-            "imagenet",
-            "Paper scale: ResNet-18 on ImageNet, 95 epochs, three seeds.",
-        ),
-    },
+    scales=norm_scales(small_about="95. 40 runs, about an hour and a half on 2 cores.", paper_epochs=95),
 )

@@ -2,6 +2,8 @@
 
 from typing import Any, Final
 
+from norm_matters.experiments.claims.recipe import Scale
+
 SMOKE: Final[dict[str, Any]] = {
     "model.name": "resnet8",
     "data.batch_size": 128,
@@ -36,3 +38,28 @@ def imagenet(model: str, *, epochs: int, lr: float = 0.1) -> dict[str, Any]:
         "regime.phases": [first, *drops],
         "train.epochs": epochs,
     }
+
+
+def norm_scales(*, small_about: str, paper_epochs: int) -> dict[str, Scale]:
+    """The scales of an experiment whose arms differ by their norm alone: digits, VGG11, the paper's ResNet-18."""
+    return {
+        "smoke": Scale(SMOKE, 2, "digits", SMOKE_ABOUT),
+        "small": Scale(
+            {**VGG_SMALL, "train.epochs": 6, "train.instruments": "none"},
+            5,
+            CIFAR,
+            "Small scale: VGG11 at an eighth of its width on CIFAR-10 for 6 epochs in place of ResNet-18 on ImageNet "
+            f"for {small_about}",
+        ),
+        "paper": Scale(
+            imagenet("resnet18", epochs=paper_epochs),
+            3,
+            "imagenet",
+            f"Paper scale: ResNet-18 on ImageNet, {paper_epochs} epochs, three seeds.",
+        ),
+    }
+
+
+def norm_setting(spec: str) -> dict[str, str]:
+    """The settings of an arm that differs by its norm alone."""
+    return {"model.norm": spec}
