@@ -1,4 +1,7 @@
-"""Writes paper.md from the verdicts in results/claims: `python docs/paper.py`. Every number there comes from a file."""
+"""Writes paper.md from the verdicts in results/claims: `python docs/paper.py`. Every number there comes from a file.
+
+The plots are drawn by `python docs/paper_plots.py`.
+"""
 
 import csv
 import math
@@ -95,6 +98,9 @@ def _experiment(recipe: Recipe, found: Mapping[tuple[str, str, str], Mapping[str
     lines.append("")
     if recipe.arms:
         lines += [*_arms(recipe, scales), ""]
+        for scale in scales:
+            words = f"{recipe.id}, {scale} scale: accuracy by epoch, less that of {recipe.baseline}, and the intervals"
+            lines += [f"![{words}](paper/{recipe.id}-{scale}.png)", ""]
     for claim in recipe.claims:
         lines += [f"**{claim.id}** {claim.statement}" + (f" In the paper: {claim.paper}" if claim.paper else "")]
         lines += [f"Rule: {claim.rule}.", ""]

@@ -154,7 +154,10 @@ def test_identities_hold_to_rounding(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_page_of_docs_is_what_its_script_writes() -> None:
-    assert (ROOT / "docs" / "paper.md").read_text() == docs_script().text()
+    text = (ROOT / "docs" / "paper.md").read_text()
+    assert text == docs_script().text()
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (ROOT / "docs" / name).is_file()
 
 
 def test_the_page_of_docs_tells_mean_and_spread_of_each_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

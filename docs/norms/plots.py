@@ -34,7 +34,7 @@ CEILING = 2.0
 
 def panel(title: str, x_label: str, **options: Any) -> Any:
     """An empty plot in the common style."""
-    plot: Any = figure(width=350, height=300, title=title, toolbar_location=None, **options)
+    plot: Any = figure(title=title, toolbar_location=None, **{"width": 350, "height": 300, **options})
     plot.xaxis.axis_label = x_label
     plot.title.text_font_size = "10pt"
     plot.axis.axis_label_text_font_style = "normal"

@@ -1,0 +1,109 @@
+"""Draws docs/paper/EXPERIMENT.png from the numbers in results/claims: `python docs/paper_plots.py [EXPERIMENT ...]`.
+
+Three plots: test accuracy by epoch, the same less the baseline's (pairs of the same seed; mean, and the band from
+minimum to maximum), and the differences that the claims are decided by, with their intervals. Needs chromium and
+chromedriver.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from bokeh.io.export import get_screenshot_as_png
+from bokeh.layouts import row
+from bokeh.models import BoxAnnotation, FactorRange, Span
+from paper import RESULTS, ROOT
+
+from norm_matters.experiments.claims import RECIPES
+from norm_matters.experiments.claims.evidence import RUNS_FILE, read_verdicts
+from norm_matters.experiments.claims.recipe import Recipe
+from norm_matters.record.files import make_folder, write_file
+from norm_matters.report.plots import Series
+
+sys.path.append(str(ROOT / "docs" / "norms"))
+from plots import browser, finish, panel
+
+FOLDER = ROOT / "docs" / "paper"
+HEIGHT = 320
+
+
+def curves(recipe: Recipe, scale: str) -> pd.DataFrame:
+    """Test accuracy (percent): a row per epoch, a column per (arm, seed); of the runs with all their epochs."""
+    runs = pd.read_csv(RESULTS / f"{recipe.id}-{scale}" / RUNS_FILE)
+    table = runs.pivot_table(index="epoch", columns=["arm", "seed"], values="val_error1")
+    return 100 - table.dropna(axis="columns")
+
+
+def draw_bands(title: str, table: pd.DataFrame, arms: Sequence[Series], *, named: bool) -> Any:
+    """A line per arm, the mean over its seeds, in a band from their minimum to their maximum; named: with a legend."""
+    plot = panel(title, "epoch", height=HEIGHT)
+    for series in arms:
+        if series.label not in table.columns.get_level_values("arm"):
+            continue
+        values = table.xs(series.label, axis="columns", level="arm")
+        plot.varea(values.index, values.min(axis=1), values.max(axis=1), color=series.colour, fill_alpha=0.15)
+        line = {"color": series.colour, "line_dash": series.dash, "line_width": 2}
+        name = {"legend_label": series.label} if named else {}
+        plot.line(values.index, values.mean(axis=1), **line, **name)
+    if named:
+        finish(plot).legend[0].ncols = 3
+    return plot
+
+
+def draw_differences(recipe: Recipe, scale: str) -> Any:
+    """Each difference that a claim is decided by, with its interval; grey: within the margin."""
+    verdicts = [each for each in read_verdicts(RESULTS) if (each["experiment"], each["scale"]) == (recipe.id, scale)]
+    tests = {test["what"]: test for each in verdicts for test in each["statistics"] if test["margin"] is not None}
+    names = [name for name, test in tests.items() if test["low"] is not None]
+    # Its names are long, and stand on the left.
+    size = {"width": 450, "height": HEIGHT}
+    plot = panel("differences (90% interval)", "points", y_range=FactorRange(factors=names[::-1]), **size)
+    plot.add_layout(BoxAnnotation(left=-recipe.margin, right=recipe.margin, fill_color="#b6c0ca", fill_alpha=0.3))
+    plot.add_layout(Span(location=0, dimension="height", line_color="#8a97a3", line_width=1))
+    for name in names:
+        plot.line([tests[name]["low"], tests[name]["high"]], [name, name], color="#0072b2", line_width=3)
+        plot.scatter([tests[name]["estimate"]], [name], size=8, color="#0072b2")
+    return plot
+
+
+def plots_of(recipe: Recipe, scale: str) -> Any:
+    """The three plots of an experiment, side by side."""
+    table = curves(recipe, scale)
+    arms = [Series(arm.name, index) for index, arm in enumerate(recipe.arms)]
+    base = table.xs(recipe.baseline, axis="columns", level="arm")
+    less = table.apply(lambda column: column - base.get(column.name[1], np.nan)).dropna(axis="columns")
+    return row(
+        draw_bands("test accuracy (%)", table, arms, named=True),
+        draw_bands(f"less that of {recipe.baseline} (points)", less, arms, named=False),
+        draw_differences(recipe, scale),
+    )
+
+
+def main() -> None:
+    """Draw those that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("experiments", nargs="*")
+    wanted = parser.parse_args().experiments
+    make_folder(FOLDER)
+    with tempfile.TemporaryDirectory() as profile:
+        driver = browser(profile)
+        try:
+            for path in sorted(RESULTS.glob(f"*/{RUNS_FILE}")):
+                name, _, scale = path.parent.name.rpartition("-")
+                if wanted and name not in wanted:
+                    continue
+                image = get_screenshot_as_png(plots_of(RECIPES.get(name), scale), driver=driver)
+                data = io.BytesIO()
+                image.convert("RGB").quantize(256).save(data, "png", optimize=True)
+                write_file(FOLDER / f"{path.parent.name}.png", data.getvalue())
+        finally:
+            driver.quit()
+
+
+if __name__ == "__main__":
+    main()
