@@ -63,7 +63,13 @@ def test_a_new_checkpoint_beside_the_old_one(trained: Path, digest: Callable[[Pa
     assert changed == {key for key in old.model if key.rpartition(".")[2] in STATISTICS}
     assert all(value == 22 for key, value in new.model.items() if key.endswith("num_batches_tracked"))
     errors = {"before": result.before["error1"], "after": result.after["error1"]}
-    assert new.state["calibration"] == {"from": "step-000000066", "batches": 22, "rejected": 0, "error1": errors}
+    assert new.state["calibration"] == {
+        "from": "step-000000066",
+        "dataset": "digits",
+        "batches": 22,
+        "rejected": 0,
+        "error1": errors,
+    }
     # It is used as any other; and a second one gets a name of its own.
     scores = nm.evaluate(result.checkpoint, device="cpu")
     assert scores == result.after

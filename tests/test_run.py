@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from norm_matters import inference
+from norm_matters.cli import main
 from norm_matters.core.config import load_config
 from norm_matters.core.errors import NumericalError, UserError
 from norm_matters.record import find_checkpoint, load_checkpoint, read_table
@@ -76,6 +78,45 @@ def test_a_checkpoint_evaluates_to_its_row(finished: RunResult) -> None:
     assert scores["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
     assert scores["error1"] == best["val_error1"]
     assert inference.evaluate(finished.folder / "checkpoints" / "best", batch_size=7)["error1"] == scores["error1"]
+
+
+def test_a_network_is_scored_on_images_in_another_place_and_on_others(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = shutil.copytree(image_folder, tmp_path / "photos")
+    images = [f"data.name=imagefolder:{photos}", "data.input_size=16", "data.workers=0", "train.epochs=1"]
+    trained = run(tmp_path / "runs", "model.norm=l1", *images)
+    moved = photos.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="photos"):
+        inference.evaluate(trained.folder, device="cpu")
+    place = f"imagefolder:{moved}"
+    scores = inference.evaluate(trained.folder, dataset=place, device="cpu")
+    assert (scores["dataset"], scores["images"], scores["error1"]) == (place, 80, trained.last["val_error1"])
+
+    def eval_command(dataset: str) -> tuple[int, str, str]:
+        status = main(["eval", str(trained.folder), "--dataset", dataset, "--device", "cpu", "--json"])
+        return status, *capsys.readouterr()
+
+    for path in (moved / "val").glob("*/[0-3].png"):
+        path.unlink()
+    status, out, _ = eval_command(place)
+    assert (status, json.loads(out)["images"]) == (0, 40)
+    for source in ("train", "val"):
+        (moved / source / "class7").rename(moved / source / "seven")
+    status, _, error = eval_command(place)
+    assert status == 2
+    assert "not those the network was trained on" in error
+    status, _, error = eval_command("imagefoldr:photos")
+    assert status == 2
+    assert "imagefolder" in error
+
+
+def test_images_of_another_form_are_refused(finished: RunResult, image_folder: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for label in range(10):
+            shutil.copytree(image_folder / part / f"class{label}", tmp_path / part / str(label))
+    with pytest.raises(UserError, match=r"have 3 channels; the network takes 1$"):
+        inference.evaluate(finished.folder, dataset=f"imagefolder:{tmp_path}", device="cpu")
 
 
 def test_a_checkpoint_folder_works_alone(finished: RunResult, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def calibrate_run(
     target: Path | str,
     *,
     data_dir: str | None = None,
+    dataset: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
     workers: Workers = "auto",
@@ -53,7 +54,7 @@ def calibrate_run(
     the run's `last` and `best` stay what they were.
 
     Args:
-        data_dir: where the dataset lies now.
+        data_dir, dataset: see `norm_matters.inference.evaluate`.
         batch_size: of the evaluations before and after; the training's by default.
         batches: how many training batches to take, at most an epoch's.
 
@@ -64,16 +65,23 @@ def calibrate_run(
     run = load_run(target, device=device)
     if run.checkpoint.parent.is_symlink():
         raise UserError(f"{run.checkpoint.parent} is a link; a run's files are its own: nothing is written there")
-    dataset = load_data(run, data_dir)
-    before = evaluate_run(run, dataset, batch_size=batch_size, workers=workers)
+    images = load_data(run, data_dir, dataset)
+    before = evaluate_run(run, images, batch_size=batch_size, workers=workers)
     try:
         with PRECISIONS[run.config.train.precision].context(run.device):
-            report = calibrate_norm(run.model, _training_images(run, dataset, batches, workers))
+            report = calibrate_norm(run.model, _training_images(run, images, batches, workers))
     except ValueError as error:
         raise UserError(f"'{target}': {error}") from error
-    after = evaluate_run(run, dataset, batch_size=batch_size, workers=workers)
+    after = evaluate_run(run, images, batch_size=batch_size, workers=workers)
     folder = _free_name(run.checkpoint)
-    _write(run, folder, report, {"before": before["error1"], "after": after["error1"]})
+    facts = {
+        "from": run.checkpoint.name,
+        "dataset": images.name,
+        "batches": report.batches,
+        "rejected": report.rejected,
+        "error1": {"before": before["error1"], "after": after["error1"]},
+    }
+    _write(run, folder, report, facts)
     after["checkpoint"] = str(folder)
     return Calibration(before, after, report, run.config.data.batch_size, folder)
 
@@ -97,7 +105,7 @@ def _training_images(run: LoadedRun, dataset: Dataset, batches: int, workers: Wo
         loader.close()
 
 
-def _write(run: LoadedRun, folder: Path, report: CalibrationReport, errors: dict[str, float]) -> None:
+def _write(run: LoadedRun, folder: Path, report: CalibrationReport, facts: dict[str, Any]) -> None:
     """The old checkpoint with new statistics; the weights in full precision, as they were saved."""
     old = load_checkpoint(run.checkpoint)
     calibrated = tuple(f"{row.name}." if row.name else "" for row in report.rows)
@@ -107,13 +115,7 @@ def _write(run: LoadedRun, folder: Path, report: CalibrationReport, errors: dict
         if key.startswith(calibrated)
         and key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
     }
-    calibration = {
-        "from": run.checkpoint.name,
-        "batches": report.batches,
-        "rejected": report.rejected,
-        "error1": errors,
-    }
-    state = {**old.state, "calibration": calibration}
+    state = {**old.state, "calibration": facts}
     write_checkpoint(folder, step=old.step, model={**old.model, **statistics}, training={}, state=state, best=False)
 
 

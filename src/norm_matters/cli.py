@@ -253,6 +253,9 @@ def train(
 def evaluate(
     target: Target,
     data_dir: DataDir = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="SOURCE:PATH", help="where its images lie now, or others of the same classes")
+    ] = None,
     device: AnyDevice = "auto",
     batch_size: Number = None,
     workers: Number = None,
@@ -267,9 +270,12 @@ def evaluate(
         raise UserError(f"--batches: value '{batches}' is not valid; it takes a whole number from 1")
     from norm_matters import calibration, inference
 
-    settings = _checked({"device": device, "data.batch_size": batch_size, "data.workers": workers})
+    settings = _checked(
+        {"device": device, "data.name": dataset, "data.batch_size": batch_size, "data.workers": workers}
+    )
     options: dict[str, Any] = {
         "data_dir": data_dir,
+        "dataset": dataset,
         "device": settings.device,
         "batch_size": settings.data.batch_size if batch_size else None,  # None: as in training
         "workers": settings.data.workers,

@@ -131,30 +131,42 @@ def evaluate(
     target: Path | str,
     *,
     data_dir: str | None = None,
+    dataset: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
     workers: Workers = "auto",
 ) -> dict[str, Any]:
     """Score a run's best checkpoint, or a checkpoint, on the images its training reported as `val`.
 
+    Args:
+        data_dir: where the dataset lies now.
+        dataset: the name of the same images in another place (`imagefolder:NEW`), or of others of the same classes.
+
     Returns:
         loss, error1, error5 (percent; None below six classes), images, dataset, split, checkpoint, epoch.
     """
     run = load_run(target, device=device)
-    return evaluate_run(run, load_data(run, data_dir), batch_size=batch_size, workers=workers)
+    return evaluate_run(run, load_data(run, data_dir, dataset), batch_size=batch_size, workers=workers)
 
 
-def load_data(run: LoadedRun, data_dir: str | None = None) -> Dataset:
-    """The dataset of a run, from where it lay or from `data_dir`.
+def load_data(run: LoadedRun, data_dir: str | None = None, dataset: str | None = None) -> Dataset:
+    """The dataset of a run, or what stands in for it; the arguments are those of `evaluate`.
 
     Raises:
-        UserError: it is not there, or its classes are not those of the network.
+        UserError: it is not there, or its images or classes are not those of the network.
     """
-    data = run.config.data.model_copy(update={"dir": data_dir} if data_dir else {})
-    dataset = load_dataset(data)
-    if list(dataset.classes) != run.classes:
-        raise UserError(f"the classes of '{data.name}' are not those the network was trained on")
-    return dataset
+    given = {"dir": data_dir, "name": dataset}
+    found = load_dataset(run.config.data.model_copy(update={key: value for key, value in given.items() if value}))
+    if list(found.classes) != run.classes:
+        raise UserError(f"the classes of '{found.name}' are not those the network was trained on")
+    takes = run.preprocessing
+    if found.channels != takes.channels:
+        raise UserError(f"images of '{found.name}' have {found.channels} channels; the network takes {takes.channels}")
+    if found.size not in (None, takes.input_size):
+        raise UserError(
+            f"the side of the images of '{found.name}' is {found.size}; the network takes {takes.input_size}"
+        )
+    return found
 
 
 def evaluate_run(
@@ -183,7 +195,7 @@ def evaluate_run(
         "error1": scores.error1,
         "error5": scores.error5,
         "images": scores.images,
-        "dataset": run.config.data.name,
+        "dataset": dataset.name,
         "split": dataset.val_name,
         "epoch": run.state["epoch"],
         "checkpoint": str(run.checkpoint),
