@@ -25,6 +25,7 @@ from norm_matters.experiments.statistics import mean_interval
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "claims"
 PAGE = ROOT / "docs" / "paper.md"
+MOST_ROWS = 24  # of a table on the page; longer ones are in the folder
 
 _HEAD = """# What holds of the paper, claim by claim
 
@@ -101,6 +102,8 @@ def _experiment(recipe: Recipe, found: Mapping[tuple[str, str, str], Mapping[str
         for scale in scales:
             words = f"{recipe.id}, {scale} scale: accuracy by epoch, less that of {recipe.baseline}, and the intervals"
             lines += [f"![{words}](paper/{recipe.id}-{scale}.png)", ""]
+    for scale in scales:
+        lines += _tables(recipe, scale)
     for claim in recipe.claims:
         lines += [f"**{claim.id}** {claim.statement}" + (f" In the paper: {claim.paper}" if claim.paper else "")]
         lines += [f"Rule: {claim.rule}.", ""]
@@ -127,6 +130,26 @@ def _arms(recipe: Recipe, scales: Sequence[str]) -> list[str]:
         for arm in recipe.arms
     ]
     return [_row(*heads), _row(*("---" for _ in heads)), *rows]
+
+
+def _tables(recipe: Recipe, scale: str) -> list[str]:
+    """The small tables of an experiment, as they lie in its folder."""
+    lines = []
+    for path in sorted((RESULTS / f"{recipe.id}-{scale}").glob("*.csv")):
+        with path.open(newline="") as stream:
+            head, *rows = csv.reader(stream)
+        if path.name != RUNS_FILE and len(rows) <= MOST_ROWS:
+            told = [_row(*(_short(cell) for cell in row)) for row in rows]
+            lines += [f"*{path.stem}, {scale} scale*", "", _row(*head), _row(*("---" for _ in head)), *told, ""]
+    return lines
+
+
+def _short(cell: str) -> str:
+    """A number in four digits, a whole one and a word as they are."""
+    try:
+        return cell if cell.lstrip("-").isdecimal() else f"{float(cell):.4g}"
+    except ValueError:
+        return cell
 
 
 def _accuracies(recipe: Recipe, scale: str) -> dict[str, list[float]]:
