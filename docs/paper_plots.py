@@ -60,8 +60,8 @@ def draw_differences(recipe: Recipe, scale: str) -> Any:
     verdicts = [each for each in read_verdicts(RESULTS) if (each["experiment"], each["scale"]) == (recipe.id, scale)]
     tests = {test["what"]: test for each in verdicts for test in each["statistics"] if test["margin"] is not None}
     names = [name for name, test in tests.items() if test["low"] is not None]
-    # Its names are long, and stand on the left.
-    size = {"width": 450, "height": HEIGHT}
+    # The names stand on the left: 6 pixels a letter.
+    size = {"width": 290 + 6 * max(map(len, names), default=0), "height": HEIGHT}
     plot = panel("differences (90% interval)", "points", y_range=FactorRange(factors=names[::-1]), **size)
     plot.add_layout(BoxAnnotation(left=-recipe.margin, right=recipe.margin, fill_color="#b6c0ca", fill_alpha=0.3))
     plot.add_layout(Span(location=0, dimension="height", line_color="#8a97a3", line_width=1))

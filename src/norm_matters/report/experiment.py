@@ -1,7 +1,7 @@
 """The page of an experiment on a claim of the paper, and the index over all of them, from files and plain data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from norm_matters.report.read import flatten, show
 _FURTHER = ("train_loss", "train_error1", "lr")
 _ROW = 26  # pixels of height of a test in the plot of intervals
 _MOST_ROWS = 200  # of a table on the page; the CSV has all
+_OPEN_ROWS = 30  # a table with more of them is folded
 _COLOURS = {
     "equal": "#009e73",
     "better but within the margin": "#009e73",
@@ -104,11 +105,16 @@ class ArmView:
 
 @dataclass(frozen=True)
 class TableView:
-    """Numbers of an experiment beside its tests: rows with the same keys."""
+    """Numbers of an experiment beside its tests: rows with the same keys.
+
+    Attributes:
+        curves: column -> title of a plot of it by the column `epoch`, a line per `arm`.
+    """
 
     title: str
     note: str
     rows: Sequence[Mapping[str, Any]]
+    curves: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class _Differences:
 
     def plot(self, epochs: Range1d) -> figure:
         """See `Drawing`."""
-        factors = [f"{index + 1}. {test.what[:48]}" for index, test in enumerate(self.tests)]
+        factors = [f"{index + 1}. {test.what[:60]}" for index, test in enumerate(self.tests)]
         margins = [test.margin for test in self.tests if test.margin is not None]
         ends = [end for test in self.tests for end in (test.low, test.high)]
         ends += [*margins, *(-margin for margin in margins)]
@@ -213,6 +219,7 @@ def write_experiment_page(path: Path, view: ExperimentView) -> None:
     series = [Series(arm.name, index) for index, arm in enumerate(view.arms)]
     differences = list({test.what: test for test in view.tests if test.drawable}.values())
     panels, paper = _panels(view.arms, series), _paper_panel(view.arms, series)
+    panels += [panel for table in view.tables for panel in _table_panels(table, series)]
     drawings = [*([_Differences(differences)] if differences else []), *panels, *paper]
     elements, scripts = draw(drawings)
     first, curves = elements[: bool(differences)], elements[bool(differences) :]
@@ -282,10 +289,10 @@ def _badge(word: str, holds: bool | None) -> Html:
 
 
 def _tests_table(tests: Sequence[TestView]) -> Html:
-    header = ["test", "claim", "by", "n", "estimate, interval", "p", "comes to", "remark"]
+    header = ["test", "comes to", "estimate, interval", "n", "p", "by", "claim", "remark"]  # what is read first
     return numbers_table(
         header,
-        ([t.what, t.claim, t.name, str(t.n), _estimate(t), t.p, t.word, t.note] for t in tests),
+        ([t.what, t.word, _estimate(t), str(t.n), t.p, t.name, t.claim, t.note] for t in tests),
     )
 
 
@@ -310,6 +317,22 @@ def _panels(arms: Sequence[ArmView], series: Sequence[Series]) -> list[Panel]:
     errors = group_panel("val_error1", groups, own)
     accuracy = [_as_accuracy(curve) for curve in errors.curves]
     panels = [Panel("Test accuracy (%)", accuracy), *(group_panel(metric, groups, own) for metric in _FURTHER)]
+    return [panel for panel in panels if drawable(panel)]
+
+
+def _table_panels(table: TableView, series: Sequence[Series]) -> list[Panel]:
+    """The curves of a table: at each epoch the median of an arm's rows."""
+    panels = []
+    for column, title in table.curves.items():
+        curves = []
+        for item in series:
+            found: dict[int, list[float]] = {}
+            for row in table.rows:
+                if row["arm"] == item.label:
+                    found.setdefault(row["epoch"], []).append(row[column])
+            if found:
+                curves.append(Curve(item, np.array(list(found)), np.array([np.median(v) for v in found.values()])))
+        panels.append(Panel(title, curves))
     return [panel for panel in panels if drawable(panel)]
 
 
@@ -341,7 +364,10 @@ def _table_section(table: TableView) -> Html:
     cells = [[_cell(row[column]) for column in columns] for row in table.rows[:_MOST_ROWS]]
     more = len(table.rows) - len(cells)
     remark = f"{table.note}{f' {more} further rows are in the CSV.' if more else ''}"
-    return section(table.title, numbers_table(columns, cells), tag("p", remark, class_="soft"))
+    numbers = numbers_table(columns, cells)
+    if len(cells) > _OPEN_ROWS:
+        numbers = tag("details", tag("summary", f"{len(cells)} rows"), numbers)
+    return section(table.title, numbers, tag("p", remark, class_="soft"))
 
 
 def _cell(value: Any) -> str:
@@ -361,7 +387,7 @@ def _setup(view: ExperimentView) -> Html:
     ]
     if arms:
         rows = (
-            (name, f"{meaning} Runs: {state}. Sets: {settings}")  # long texts, which wrap in this table
+            (name, f"{meaning.rstrip('.')}. Runs: {state}. Sets: {settings}")  # long texts, which wrap in this table
             for name, meaning, settings, state in arms
         )
         parts.insert(0, tag("div", facts_table(rows), class_="part"))

@@ -45,7 +45,15 @@ def motion_table(evidence: Evidence) -> Table:
         ]
     note = "; ".join(f"{name}: {what}" for name, what in INSTRUMENTS.items())
     return Table(
-        "motion", "Effective learning rates and angles by layer", rows, f"Geometric means over the seeds. {note}."
+        "motion",
+        "Effective learning rates and angles by layer",
+        rows,
+        f"Geometric means over the seeds. {note}.",
+        curves={
+            "effective_lr": "Effective learning rate, median over the layers",
+            "layer_angle": "Angle per step (radians), median over the layers",
+            "weight_norm": "Norm of a layer's weight, median over the layers",
+        },
     )
 
 

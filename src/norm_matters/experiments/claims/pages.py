@@ -53,7 +53,11 @@ def write_page(
         claims=[_claim_view(claim, verdict) for claim, verdict in zip(recipe.claims, verdicts, strict=True)],
         tests=list(dict.fromkeys(tests)),
         arms=arms,
-        tables=[TableView(table.title, table.note, table.rows) for table in evidence.tables.values() if table.rows],
+        tables=[
+            TableView(table.title, table.note, table.rows, table.curves)
+            for table in evidence.tables.values()
+            if table.rows
+        ],
         differs=[text for text in (recipe.differs, size.about) if text],
         setup=_setup(plan, evidence),
         provenance=provenance,

@@ -132,12 +132,14 @@ class Table:
         title: of the section on the page.
         rows: all with the same keys, the columns.
         note: what they are; sentences.
+        curves: column -> title of a plot of it by `epoch`, a line per `arm`; for tables with these columns.
     """
 
     name: str
     title: str
     rows: Sequence[Mapping[str, Any]]
     note: str = ""
+    curves: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
