@@ -63,7 +63,7 @@ def draw_differences(recipe: Recipe, scale: str) -> Any:
     # The names stand on the left: 6 pixels a letter.
     size = {"width": 290 + 6 * max(map(len, names), default=0), "height": HEIGHT}
     plot = panel("differences (90% interval)", "points", y_range=FactorRange(factors=names[::-1]), **size)
-    plot.add_layout(BoxAnnotation(left=-recipe.margin, right=recipe.margin, fill_color="#b6c0ca", fill_alpha=0.3))
+    plot.add_layout(BoxAnnotation(left=-recipe.margin, right=recipe.margin, fill_color="#e7ebee", level="underlay"))
     plot.add_layout(Span(location=0, dimension="height", line_color="#8a97a3", line_width=1))
     for name in names:
         plot.line([tests[name]["low"], tests[name]["high"]], [name, name], color="#0072b2", line_width=3)
