@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from norm_matters.cli_options import AnyDevice, DataDir
 from norm_matters.core.errors import UserError
-from norm_matters.progress import printable
+from norm_matters.progress import printable, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +49,7 @@ def about(
         from norm_matters.bench import machine_facts
 
         for name, fact in machine_facts().items():
-            print(printable(f"{name:32}{fact}"))
+            say(f"{name:32}{fact}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -70,7 +71,7 @@ def norms(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="time the compiled forms too, which takes minutes to compile")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "cpu",
+    device: AnyDevice = "cpu",
     output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write norms.csv and norms.html there")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="two small shapes, 3 rounds, unless they are given")] = False,
 ) -> None:
@@ -110,11 +111,11 @@ def norms(
     print(f"\na copy moves {bandwidth / 1e9:.3g} GB/s; times as fast as native, median over the shapes:")
     for where, group in median_speedups(rows).items():
         ratios = "  ".join(f"{norm} x{ratio:.2f}" for norm, ratio in group.items())
-        print(printable(f"  {', '.join(where):36}{ratios}"))
+        say(f"  {', '.join(where):36}{ratios}")
     if output is not None:
         provenance = collect_provenance(context.obj, device=place, rounds=rounds, **facts)
         for path in write_norms(output, rows, provenance):
-            print(printable(f"written: {path}"))
+            say(f"written: {path}")
 
 
 @bench.command()
@@ -128,7 +129,7 @@ def numerics(
     ] = None,
     n: Annotated[str | None, typer.Option("--n", metavar="N", help=f"values per channel; {_FULL_N} by default")] = None,
     rounding: Annotated[str, typer.Option(metavar="|".join(_ROUNDINGS))] = "nearest",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "cpu",
+    device: AnyDevice = "cpu",
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="write numerics.csv and numerics.html there")
     ] = None,
@@ -169,7 +170,7 @@ def numerics(
     console.print(_KEY, highlight=False)
     if output is not None:
         for path in write_numerics(output, measurements):
-            print(printable(f"written: {path}"))
+            say(f"written: {path}")
 
 
 @bench.command()
@@ -180,12 +181,12 @@ def train(
     batch_size: Annotated[str, typer.Option(metavar="N")] = "128",
     image_size: Annotated[str, typer.Option(metavar="N", help="side of the noise that is trained on")] = "32",
     dataset: Annotated[str | None, typer.Option(help="train on this instead; see `list datasets`")] = None,
-    data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="where datasets lie")] = None,
+    data_dir: DataDir = None,
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="from images, cropped and flipped, not the same batch again")
     ] = False,
     against: Annotated[str, typer.Option(metavar="plain", help="what with: a plain torch loop")] = "plain",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "cpu",
+    device: AnyDevice = "cpu",
     output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write train.csv and train.html there")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="3 rounds, nothing compiled")] = False,
 ) -> None:
@@ -226,18 +227,18 @@ def train(
     for row in rows:
         arm = f"{row.side:5}  {row.norm:14}  {row.layout:13}  {'compiled' if row.compiled else 'eager':8}"
         figures = f"{row.images_per_second:9,.0f} images/s  x{row.ours_is_faster_by:.2f}"
-        print(printable(f"{arm}  pages {row.pages:8}  workers {row.workers}  {figures}"))
+        say(f"{arm}  pages {row.pages:8}  workers {row.workers}  {figures}")
     best = best_plain(rows)
     print(
         f"ours is {best.ours_is_faster_by:.2f} times as fast as the best plain loop ({best.layout}, "
         f"{'compiled' if best.compiled else 'eager'}, pages {best.pages}, {best.workers} workers)"
     )
     for note in notes:
-        print(printable(f"left out: {note}"))
+        say(f"left out: {note}")
     if output is not None:
-        print(printable(f"written: {write_train(output, rows)}"))
+        say(f"written: {write_train(output, rows)}")
         provenance = collect_provenance(context.obj, device=case.device)
-        print(printable(f"written: {write_page(output, 'train.html', train_page(rows, provenance))}"))
+        say(f"written: {write_page(output, 'train.html', train_page(rows, provenance))}")
 
 
 @bench.command("input")
@@ -278,9 +279,9 @@ def input_speed(
         speeds = f"{row.images_per_second:12,.0f}{row.per_core:12,.0f}{row.ours_over_this:16.2f}"
         print(f"{row.task:8}{row.library:14}{row.workers:7}{speeds}")
     if output is not None:
-        print(printable(f"written: {write_input(output, rows)}"))
+        say(f"written: {write_input(output, rows)}")
         provenance = collect_provenance(context.obj)
-        print(printable(f"written: {write_page(output, 'input.html', input_page(rows, provenance))}"))
+        say(f"written: {write_page(output, 'input.html', input_page(rows, provenance))}")
 
 
 def _table(measurements: "Sequence[Measurement]") -> "Table":

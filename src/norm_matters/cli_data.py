@@ -9,14 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from norm_matters.cli_options import AsJson, DataDir, Number
 from norm_matters.core.errors import UserError
-from norm_matters.progress import printable
+from norm_matters.progress import say
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="a folder of images or shards, or a dataset's name")]
 Folder = Annotated[Path, typer.Argument(metavar="DST", help="a folder that `data pack` wrote")]
-Number = Annotated[str | None, typer.Option(metavar="N")]
 WorkersOption = Annotated[str, typer.Option(metavar="N", help="processes; auto takes every core")]
-DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="where datasets lie")]
 
 # Seconds between the lines that stand for a bar where nobody looks at one.
 LINE_EVERY = 30
@@ -82,17 +81,17 @@ def pack(
         images = ", ".join(f"{len(part):,} {name}" for name, part in found.parts.items())
         shards, size = estimate_packing(found, settings)
         about = "at most " if settings.resize else "about "
-        _say(f"{found.name}: {images} images, {len(found.classes)} classes")
-        _say(f"{target}: {about}{shards} {settings.format} shards, {about}{size / 1e6:,.1f} MB; nothing is written")
+        say(f"{found.name}: {images} images, {len(found.classes)} classes")
+        say(f"{target}: {about}{shards} {settings.format} shards, {about}{size / 1e6:,.1f} MB; nothing is written")
         return
     with _progress("packing", total) as advance:
         packed = pack_dataset(found, target, settings, workers=count, command=context.obj, advance=advance)
     for problem in packed.skipped:
-        print(f"skipped: {printable(problem)}", file=sys.stderr)
+        say(f"skipped: {problem}", sys.stderr)
     images = ", ".join(f"{number:,} {name}" for name, number in packed.images.items())
-    _say(f"{packed.folder}: {images} images in {packed.shards} shards, {packed.bytes / 1e6:,.1f} MB, checked")
+    say(f"{packed.folder}: {images} images in {packed.shards} shards, {packed.bytes / 1e6:,.1f} MB, checked")
     name = f"{settings.format}:{packed.folder}"
-    _say(f"train on it with --dataset {name}")
+    say(f"train on it with --dataset {name}")
 
 
 @data.command()
@@ -109,7 +108,7 @@ def check(folder: Folder, workers: WorkersOption = "auto") -> None:
     total = sum(shard.images for shard in manifest.shards) if manifest else 0
     with _progress("checking", total) as advance:
         manifest = check_packed(folder, workers=count, advance=advance)
-    _say(f"{folder}: {total:,} images in {len(manifest.shards)} shards are as they were written")
+    say(f"{folder}: {total:,} images in {len(manifest.shards)} shards are as they were written")
 
 
 @data.command()
@@ -118,7 +117,7 @@ def stats(
     workers: WorkersOption = "auto",
     data_dir: DataDir = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="write CSV files there")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Count images, sizes, broken files and duplicates, and take mean and deviation of the pixels."""
     problems: list[str] = []
@@ -134,9 +133,9 @@ def stats(
         print(json.dumps(result.to_json()))
     else:
         for line in stats_lines(result):
-            _say(line)
+            say(line)
     for path in write_stats(output, result) if output else ():
-        print(f"written: {printable(str(path))}", file=sys.stderr if as_json else sys.stdout)
+        say(f"written: {path}", sys.stderr if as_json else sys.stdout)
 
 
 def _number(option: str, value: str | None, problems: list[str]) -> int | None:
@@ -182,7 +181,3 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
             print(f"{title}: {done:,} of {total:,} images, {left / 60:.0f} minutes left", file=sys.stderr, flush=True)
 
     yield advance
-
-
-def _say(text: str) -> None:
-    print(printable(text))

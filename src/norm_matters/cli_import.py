@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from norm_matters.core.errors import UserError
-from norm_matters.progress import printable
+from norm_matters.progress import say
 
 if TYPE_CHECKING:
     from norm_matters.models.old_layers import RunningVar
@@ -72,9 +72,9 @@ def import_old(
         options=config.options,
     )
     for line in imported.lines():
-        print(printable(line))
+        say(line)
     if not dry_run:
         write_file(output, save(imported.tensors, metadata={"format": "pt"}))
         spec = "" if norm is None else f" --norm {norm}"
         options = "".join(f" {override}" for override in overrides or [])
-        print(printable(f"written: use it with --model {model}{spec} --pretrained {output}{options}"))
+        say(f"written: use it with --model {model}{spec} --pretrained {output}{options}")

@@ -4,14 +4,16 @@ import json
 import signal
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from norm_matters.cli_sweep import FAILED, INTERRUPTED, PREEMPTED, number, setting, terminable
-from norm_matters.core.errors import UserError, nearest
-from norm_matters.progress import printable
+from norm_matters.cli_options import AsJson, DataDir, Device, number, setting
+from norm_matters.cli_sweep import FAILED, terminable
+from norm_matters.core.errors import INTERRUPTED, PreemptedError, UserError, nearest
+from norm_matters.progress import say
 
 if TYPE_CHECKING:
     from norm_matters.experiments.claims.performing import Result
@@ -38,9 +40,9 @@ def reproduce(
     seeds: Annotated[str | None, typer.Option(metavar="N", help="of each arm; the recipe's by default")] = None,
     arms: Annotated[str | None, typer.Option(metavar="ARM,...", help="only these, and what they come after")] = None,
     dataset: Annotated[str | None, typer.Option(help="other images, such as parquet:DIR or fashion-mnist")] = None,
-    data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="where datasets lie")] = None,
+    data_dir: DataDir = None,
     download: Annotated[bool, typer.Option("--download", help="fetch the dataset if it is missing")] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = None,
+    device: Device = None,
     executor: Annotated[
         str | None,
         typer.Option(metavar="local|slurm|ray|inline", help="where the runs are; inline at smoke scale, else local"),
@@ -62,7 +64,7 @@ def reproduce(
     publish: Annotated[
         Path | None, typer.Option(metavar="DIR", help="copy verdicts and tables there, without the runs")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put a claim of the paper to the test: all arms with all seeds, a verdict for each claim, and a page.
 
@@ -151,7 +153,7 @@ def _list(*, as_json: bool) -> None:
         return
     width = max(len(name) for name, _ in entries)
     for name, summary in entries:
-        print(printable(f"{name:{width}}  {summary}"))
+        say(f"{name:{width}}  {summary}")
 
 
 def _introduce(plan: "ExperimentPlan", *, stream: Any, estimate: bool) -> None:
@@ -160,24 +162,22 @@ def _introduce(plan: "ExperimentPlan", *, stream: Any, estimate: bool) -> None:
     from norm_matters.experiments.claims.phases import describe_products
     from norm_matters.experiments.pace import show_seconds
 
-    def say(text: str) -> None:
-        print(printable(text), file=stream, flush=True)
-
-    say(f"{plan.recipe.id}, {plan.scale} scale: {plan.recipe.question}")
+    tell = partial(say, stream=stream)
+    tell(f"{plan.recipe.id}, {plan.scale} scale: {plan.recipe.question}")
     if not plan.recipe.arms:
         return
     steps = performing.check_images(plan)
-    say(plan.size.about)
-    say(performing.seeds_sentence(plan))
+    tell(plan.size.about)
+    tell(performing.seeds_sentence(plan))
     if products := performing.products_of(plan.whole(), steps):
-        say(describe_products(plan.recipe.equilibrium or "", products))
+        tell(describe_products(plan.recipe.equilibrium or "", products))
     members = [*plan.choosing(), *plan.comparing(plan.chosen())]
     left = sum(standing.status in ("new", "cut off") for standing in plan.standings(members))
-    say(f"arms: {', '.join(arm.name for arm in plan.arms)}; {len(members)} runs, {left} to train")
+    tell(f"arms: {', '.join(arm.name for arm in plan.arms)}; {len(members)} runs, {left} to train")
     if estimate:
         found = performing.estimate_time(plan)
         time = "time unknown" if found.seconds is None else f"about {show_seconds(found.seconds)}"
-        say(f"{time} ({found.source})")
+        tell(f"{time} ({found.source})")
 
 
 def _perform(
@@ -194,7 +194,7 @@ def _perform(
             members = [*plan.choosing(), *plan.comparing(plan.chosen())]
             done = sum(standing.status == "done" for standing in plan.standings(members))
             print(f"{done} of {len(members)} runs are done; the same command goes on from here", file=sys.stderr)
-            raise typer.Exit(PREEMPTED if signal.SIGTERM in signals else INTERRUPTED) from None
+            raise typer.Exit(PreemptedError.exit_status if signal.SIGTERM in signals else INTERRUPTED) from None
 
 
 def _pilot(plan: "ExperimentPlan", *, as_json: bool) -> None:
@@ -240,7 +240,7 @@ def _show_result(result: "Result") -> None:
     from norm_matters.experiments.claims.recipe import outcome
 
     for verdict in result.verdicts:
-        print(printable(f"{verdict.claim}: {outcome(verdict.word, verdict.holds)}. {verdict.sentence}"))
+        say(f"{verdict.claim}: {outcome(verdict.word, verdict.holds)}. {verdict.sentence}")
     for name, error in result.failed.items():
-        print(printable(f"failed: {name}: {error}"), file=sys.stderr)
-    print(printable(f"page {result.page}"))
+        say(f"failed: {name}: {error}", sys.stderr)
+    say(f"page {result.page}")

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from norm_matters.cli_options import AsJson, DataDir, number, setting
 from norm_matters.core import stopping
-from norm_matters.core.errors import UserError
-from norm_matters.progress import printable
+from norm_matters.core.errors import INTERRUPTED, PreemptedError, UserError
+from norm_matters.progress import say
 
 if TYPE_CHECKING:
     from norm_matters.experiments.grid import Grid
     from norm_matters.experiments.sweeping import SweepPlan, SweepResult
 
 FAILED = 1
-INTERRUPTED = 130
-PREEMPTED = 75
 
 _STATES = {"new": "new", "cut off": "resume", "done": "done", "elsewhere": "in use"}
 
@@ -48,7 +47,7 @@ def sweep(
     weight_norm: Values = None,
     pretrained: Values = None,
     dataset: Values = None,
-    data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="where datasets lie")] = None,
+    data_dir: DataDir = None,
     download: Annotated[bool, typer.Option("--download", help="fetch the dataset if it is missing")] = False,
     epochs: Values = None,
     batch_size: Values = None,
@@ -80,7 +79,7 @@ def sweep(
     output: Annotated[Path, typer.Option(metavar="DIR", help="where the runs and the summary lie")] = Path(
         "runs/sweep"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train every combination of settings with every seed, and compare them.
 
@@ -169,27 +168,6 @@ def _grid(arguments: list[str], config: Path | None, parameters: dict[str, Any])
     return override(replace(grid, base={**shared, **grid.base}), given), given
 
 
-def setting(option: str, text: str) -> tuple[str, Any]:
-    """`KEY=VALUE`, one value."""
-    from norm_matters.core.yaml import read_yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key or not value:
-        raise UserError(f"{option}: value '{text}' is not valid; it takes KEY=VALUE")
-    return key, read_yaml(value, f"{option} {text}")
-
-
-def number(option: str, text: str, least: int = 1) -> int:
-    """The whole number that an option was given as text.
-
-    Raises:
-        UserError: it is none, or below `least`.
-    """
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{option}: value '{text}' is not valid; it takes a whole number from {least}")
-    return int(text)
-
-
 def _run(plan: "SweepPlan", command: list[str], retries: int, *, as_json: bool) -> "SweepResult":
     """Run the sweep with its display; SIGTERM (a machine is taken away) ends it as Ctrl-C does."""
     from norm_matters.experiments.executors import parallel_runs
@@ -207,7 +185,7 @@ def _run(plan: "SweepPlan", command: list[str], retries: int, *, as_json: bool) 
         except KeyboardInterrupt:
             done = sum(standing.status == "done" for standing in plan.look())
             print(f"{done} of {len(plan.cells)} runs are done; the same command goes on from here", file=sys.stderr)
-            raise typer.Exit(PREEMPTED if signal.SIGTERM in signals else INTERRUPTED) from None
+            raise typer.Exit(PreemptedError.exit_status if signal.SIGTERM in signals else INTERRUPTED) from None
 
 
 @contextmanager
@@ -258,11 +236,11 @@ def _show_plan(plan: "SweepPlan", estimate: Any, *, as_json: bool) -> None:
     width = max(len(cell.name) for cell in plan.cells)
     for each in plan.standings:
         done = f" from {len(each.rows)}" if each.status == "cut off" else ""
-        print(printable(f"{each.cell.name:{width}}  {_STATES[each.status]:6}  {each.cell.epochs} epochs{done}"))
+        say(f"{each.cell.name:{width}}  {_STATES[each.status]:6}  {each.cell.epochs} epochs{done}")
     work = plan.work()
     print(f"{len(plan.cells)} runs, {len(work)} to train, {sum(epochs for _, epochs in work)} epochs")
     time = "time unknown" if estimate.seconds is None else f"about {show_seconds(estimate.seconds)}"
-    print(printable(f"{time} ({estimate.source})"))
+    say(f"{time} ({estimate.source})")
 
 
 def _show_result(plan: "SweepPlan", result: "SweepResult") -> None:
@@ -283,10 +261,10 @@ def _show_result(plan: "SweepPlan", result: "SweepResult") -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print(printable("  ".join(cells).rstrip()))
+        say("  ".join(cells).rstrip())
     for name, error in result.failed.items():
-        print(printable(f"failed: {name}: {error}"), file=sys.stderr)
-    print(printable(f"summary {result.page}"))
+        say(f"failed: {name}: {error}", sys.stderr)
+    say(f"summary {result.page}")
 
 
 def _pair(row: Any, name: str, mean: str = "_mean") -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from norm_matters.progress import printable
+from norm_matters.progress import say
 
 
 def trust(
@@ -18,5 +18,5 @@ def trust(
     from norm_matters.models.trust import trust_file, trusted_list
 
     for file in files:
-        print(printable(f"{trust_file(file)}  {file}"))
-    print(printable(f"noted in {trusted_list()}"))
+        say(f"{trust_file(file)}  {file}")
+    say(f"noted in {trusted_list()}")

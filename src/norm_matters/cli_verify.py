@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from norm_matters.cli_options import AsJson
 from norm_matters.core.errors import UserError
 from norm_matters.core.ranks import find_ranks
-from norm_matters.progress import printable
+from norm_matters.progress import say
 
 if TYPE_CHECKING:
     from norm_matters.verification import StepCheck, Verification
@@ -25,7 +26,7 @@ def verify(
         str | None, typer.Option(metavar="SOURCE:PATH", help="where the images of imagefolder: and the like lie now")
     ] = None,
     device: Annotated[str, typer.Option(help="another than the run's own: cpu, cuda, cuda:N or mps")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train the first steps of a run anew and compare losses and weights with its record, to the bit.
 
@@ -46,7 +47,7 @@ def _print_lines(found: "Verification") -> None:
     for check in found.checks:
         print(f"step {check.step}: {_outcome(check)}")
     for each in found.differences:
-        print(printable(f"{each.kind}: {each.fact} was {_shown(each.recorded)}, is {_shown(each.found)}"))
+        say(f"{each.kind}: {each.fact} was {_shown(each.recorded)}, is {_shown(each.found)}")
     if not found.differences:
         print("code, data, versions, device and threads are those recorded")
     first = found.first_difference

@@ -14,7 +14,7 @@ from typing import NamedTuple, final
 from norm_matters.core import stopping
 from norm_matters.core.clock import Duration, parse_interval, parse_seconds
 from norm_matters.core.config import TrainConfig
-from norm_matters.core.errors import PreemptedError
+from norm_matters.core.errors import INTERRUPTED, PreemptedError
 from norm_matters.core.ranks import note_stop
 from norm_matters.engine.loop import Attendant
 from norm_matters.engine.state import TrainingState
@@ -32,7 +32,6 @@ SECONDS_BETWEEN_EXCHANGES = 0.25
 STEPS_TO_LEARN = 10
 """After so many steps the ranks know how long a step takes."""
 
-INTERRUPTED = 130
 """Exit status of a process that Ctrl-C has ended."""
 
 SHARE_IN_RESERVE = 0.02

@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from norm_matters.core.errors import UserError
+from norm_matters.core.errors import INTERRUPTED, UserError
 from norm_matters.core.ranks import STOP_VARIABLE, noted_stop
-
-INTERRUPTED = 130
 
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """Signals that the ranks get too."""

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from norm_matters.engine.loop import Progress
 
 
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line at once, control characters escaped; to standard output by default."""
+    print(printable(text), file=stream, flush=True)
+
+
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """One epoch's row of results.csv for the eye."""
     return (
@@ -53,7 +58,7 @@ class ConsoleProgress:
             return
         try:
             if event.kind == "start":
-                print(printable(event.message or ""), file=self.stream, flush=True)
+                say(event.message or "", self.stream)
             if self.stream.isatty():
                 self._update(event)
             elif event.row is not None:

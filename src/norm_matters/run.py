@@ -20,14 +20,14 @@ from norm_matters import resuming
 from norm_matters.core import stopping
 from norm_matters.core.config import OPTION_KEYS, RunConfig, dump_config, load_config
 from norm_matters.core.distributed import Group, explained, joined
-from norm_matters.core.errors import NumericalError, PreemptedError, StorageError, UserError, nearest
+from norm_matters.core.errors import INTERRUPTED, NumericalError, PreemptedError, StorageError, UserError, nearest
 from norm_matters.core.faults import fault_point
 from norm_matters.core.ranks import digest, words
 from norm_matters.datasets import load_dataset
 from norm_matters.engine.instruments.collect import instruments_of
 from norm_matters.engine.loop import OnProgress, Progress, training_rows
 from norm_matters.engine.trace import Trace
-from norm_matters.keeping import INTERRUPTED, Keeper, preempted
+from norm_matters.keeping import Keeper, preempted
 from norm_matters.models.trust import trust_named_file
 from norm_matters.plan import CHECKS, Plan, complete, headline, made_of, prepare, short_name, step_options
 from norm_matters.record import (

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell has it."""
+
 LONGEST = 1200
 """Characters of the longest problem that is told."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from norm_matters.experiments.pace import START_SECONDS, Pace, seconds_left, show_seconds
 from norm_matters.experiments.runner import Run
 from norm_matters.experiments.summary import Measure
-from norm_matters.progress import printable
+from norm_matters.progress import printable, say
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -60,7 +60,7 @@ class SweepTable:
             if self.stream.isatty():
                 self._draw(runs, changed)
             elif changed is not None and changed.status != "queued":
-                print(printable(self._line(runs, changed)), file=self.stream, flush=True)
+                say(self._line(runs, changed), self.stream)
         except BrokenPipeError:
             self._open = False
 
