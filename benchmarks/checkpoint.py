@@ -82,7 +82,7 @@ def measure_saves(data: str, folder: Path) -> None:
 
 def measure_steps(folder: Path) -> None:
     """The share of a step that the bookkeeping takes; in a rank, with the exchange."""
-    from norm_matters.core.distributed import joined
+    from norm_matters.core.joining import joined
     from norm_matters.engine.loop import Attendant, training_rows
     from norm_matters.keeping import Keeper
     from norm_matters.plan import step_options

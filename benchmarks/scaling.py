@@ -25,7 +25,8 @@ from torch import Tensor
 
 from norm_matters.core.clock import Clock
 from norm_matters.core.config import RegimeConfig
-from norm_matters.core.distributed import ALONE, Group, joined
+from norm_matters.core.distributed import ALONE, Group
+from norm_matters.core.joining import joined
 from norm_matters.engine.metrics import Meter
 from norm_matters.engine.state import TrainingState
 from norm_matters.engine.step import StepOptions, train_step

@@ -17,8 +17,8 @@ from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import PLACES, Dataset, Loader, check_dataset, load_dataset
 from norm_matters.datasets.entry import ENCODED_SIZE
 from norm_matters.datasets.loader import evaluation_batch_size
-from norm_matters.datasets.reading import available_cores, count_workers
 from norm_matters.datasets.standing_in import images_to_skip
+from norm_matters.datasets.workers import available_cores, count_workers
 from norm_matters.engine.device import check_device, device_name, resolve_device
 from norm_matters.engine.replicas import check_ranks
 from norm_matters.engine.state import TrainingState

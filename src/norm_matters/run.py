@@ -19,9 +19,10 @@ from torch import Tensor
 from norm_matters import resuming
 from norm_matters.core import stopping
 from norm_matters.core.config import OPTION_KEYS, RunConfig, dump_config, load_config
-from norm_matters.core.distributed import Group, explained, joined
+from norm_matters.core.distributed import Group
 from norm_matters.core.errors import INTERRUPTED, NumericalError, PreemptedError, StorageError, UserError, nearest
 from norm_matters.core.faults import fault_point
+from norm_matters.core.joining import explained, joined
 from norm_matters.core.ranks import digest, words
 from norm_matters.datasets import load_dataset
 from norm_matters.engine.instruments.collect import instruments_of

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from norm_matters.core.config import RunConfig, flatten, load_config
-from norm_matters.core.distributed import Group, joined
+from norm_matters.core.distributed import Group
 from norm_matters.core.errors import UserError
+from norm_matters.core.joining import joined
 from norm_matters.engine.loop import training_rows
 from norm_matters.engine.trace import EnoughStepsError, Fingerprint, Trace
 from norm_matters.plan import CHECKS, Plan, made_of, prepare, step_options

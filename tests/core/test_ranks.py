@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from norm_matters.core.distributed import find_store
 from norm_matters.core.errors import LostRankError, NumericalError, StorageError, UserError
+from norm_matters.core.joining import find_store
 from norm_matters.core.ranks import (
     Ranks,
     check_earlier_attempts,

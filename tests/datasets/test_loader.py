@@ -24,7 +24,7 @@ from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import EncodedImages, Loader, ResidentImages
 from norm_matters.datasets.images import Images
 from norm_matters.datasets.loader import has_room
-from norm_matters.datasets.reading import count_workers
+from norm_matters.datasets.workers import count_workers
 from norm_matters.transforms.batch import normalise
 from norm_matters.transforms.image import to_pixels
 from norm_matters.transforms.preprocessing import Preprocessing

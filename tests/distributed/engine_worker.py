@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from norm_matters.core.clock import Clock
 from norm_matters.core.config import RegimeConfig
-from norm_matters.core.distributed import Group, joined
+from norm_matters.core.distributed import Group
 from norm_matters.core.errors import NumericalError
+from norm_matters.core.joining import joined
 from norm_matters.core.shares import share
 from norm_matters.datasets import Loader, ResidentImages
 from norm_matters.engine.evaluate import evaluate

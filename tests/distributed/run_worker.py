@@ -10,7 +10,7 @@ from typing import Any
 
 from norm_matters import recording, run
 from norm_matters.cli import main
-from norm_matters.core import distributed
+from norm_matters.core import joining
 from norm_matters.core.errors import StorageError, UserError
 from norm_matters.engine import loop
 
@@ -47,7 +47,7 @@ def misbehave(rank: int, place: str, what: str) -> None:
 
 if __name__ == "__main__":
     # Nobody here ends a rank that has lost another.
-    distributed.PATIENCE, distributed.MOMENT = 0.5, 0.1
+    joining.PATIENCE, joining.MOMENT = 0.5, 0.1
     how, *rest = sys.argv[1:]
     if how != "no":
         number, place, what = how.split(":")

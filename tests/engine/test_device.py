@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from norm_matters import plan
-from norm_matters.core import distributed
+from norm_matters.core import joining
 from norm_matters.core.errors import UserError
 from norm_matters.core.ranks import Ranks
 from norm_matters.engine.device import resolve_device
@@ -33,8 +33,8 @@ def test_the_gpu_of_a_rank(monkeypatch, launcher, seen, own):
     # The same is the current one when the ranks meet.
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(distributed, "_store", lambda *given: pytest.fail("met"))
-    with pytest.raises(pytest.fail.Exception, match="met"), distributed._group(rank(launcher), 1):
+    monkeypatch.setattr(joining, "_store", lambda *given: pytest.fail("met"))
+    with pytest.raises(pytest.fail.Exception, match="met"), joining._group(rank(launcher), 1):
         pass
     assert chosen == ([] if own is None else [own])
 

@@ -229,7 +229,7 @@ def warm() -> None:
         import_module(name)
     import torch
 
-    from norm_matters.core import distributed
+    from norm_matters.core import joining
     from norm_matters.core.config import load_config
     from norm_matters.models.trust import trust_file
     from norm_matters.report import single
@@ -240,7 +240,7 @@ def warm() -> None:
     # Nobody pulls the plug here: what a killed process has written, the system has.
     os.fsync = lambda descriptor: None
     # Nobody here ends a rank that has lost another.
-    distributed.PATIENCE, distributed.MOMENT = 0.3, 0.1
+    joining.PATIENCE, joining.MOMENT = 0.3, 0.1
     torch.use_deterministic_algorithms(True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "own.py").write_text(MODEL)

@@ -31,7 +31,7 @@ from norm_matters.core.config import DataConfig
 from norm_matters.core.errors import UserError
 from norm_matters.datasets import Dataset, EncodedImages, Loader, ResidentImages, load_dataset
 from norm_matters.datasets.images import Images
-from norm_matters.datasets.reading import available_cores
+from norm_matters.datasets.workers import available_cores
 from norm_matters.record.files import make_folder, write_file
 from norm_matters.transforms import Preprocessing
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from norm_matters.datasets.entry import Dataset, DatasetEntry, load_dataset
     from norm_matters.datasets.images import EncodedImages, ResidentImages, decode_image
     from norm_matters.datasets.loader import Batch, Loader
-    from norm_matters.datasets.reading import Workers
+    from norm_matters.datasets.workers import Workers
 
 __all__ = [
     "DATASETS",

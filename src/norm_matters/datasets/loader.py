@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from norm_matters.core.shares import share
+from norm_matters.datasets.decoding import Transform
 from norm_matters.datasets.images import Images, ResidentImages
 from norm_matters.datasets.order import epoch_order
-from norm_matters.datasets.reading import Reading, Transform, Workers, count_workers
+from norm_matters.datasets.reading import Reading
+from norm_matters.datasets.workers import Workers, count_workers
 from norm_matters.transforms.batch import BatchPlan, network_input, plan_batches
 from norm_matters.transforms.preprocessing import Preprocessing
 

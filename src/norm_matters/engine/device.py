@@ -2,8 +2,8 @@
 
 import torch
 
-from norm_matters.core.distributed import gpu_of
 from norm_matters.core.errors import UserError
+from norm_matters.core.joining import gpu_of
 from norm_matters.core.ranks import ONE_PROCESS, Ranks
 
 
@@ -11,7 +11,7 @@ def resolve_device(name: str, ranks: Ranks = ONE_PROCESS) -> torch.device:
     """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU. UserError where there is none.
 
     Args:
-        ranks: of several on a machine, each takes the GPU of its number there; see `core.distributed.gpu_of`.
+        ranks: of several on a machine, each takes the GPU of its number there; see `core.joining.gpu_of`.
     """
     if ranks.world > 1:
         return _device_of_rank(name, ranks)

@@ -7,8 +7,8 @@ import numpy as np
 
 from norm_matters.core.errors import UserError
 from norm_matters.datasets.manifest import INDEX, MANIFEST, Manifest, ShardFacts, read_manifest
-from norm_matters.datasets.reading import Workers
 from norm_matters.datasets.shards import unpack_shards
+from norm_matters.datasets.workers import Workers
 from norm_matters.packing.journal import file_sha256
 from norm_matters.packing.workers import in_order
 

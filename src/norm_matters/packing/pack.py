@@ -16,9 +16,9 @@ from norm_matters.core.errors import UserError
 from norm_matters.core.seeding import derive_seed
 from norm_matters.datasets.images import Images
 from norm_matters.datasets.manifest import INDEX, JOURNAL, MANIFEST, Manifest, PartFacts, ShardFacts, read_json
-from norm_matters.datasets.reading import Workers
 from norm_matters.datasets.shards import Shard, pack_shards
 from norm_matters.datasets.tars import scan_tar
+from norm_matters.datasets.workers import Workers
 from norm_matters.packing.check import check_packed
 from norm_matters.packing.journal import Done, begin_journal, check_plan, file_sha256, note_done
 from norm_matters.packing.prepare import Prepared, Preparing

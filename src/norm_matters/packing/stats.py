@@ -11,7 +11,7 @@ import numpy as np
 
 from norm_matters.core.errors import UserError
 from norm_matters.datasets.images import Images, decode_image
-from norm_matters.datasets.reading import Workers
+from norm_matters.datasets.workers import Workers
 from norm_matters.packing.source import PackSource
 from norm_matters.packing.workers import in_order
 

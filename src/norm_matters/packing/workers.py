@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
 from norm_matters.core.errors import UserError
-from norm_matters.datasets.reading import Workers, available_cores, start_of_workers, start_worker
+from norm_matters.datasets.workers import Workers, available_cores, start_of_workers, start_worker
 
 Result = TypeVar("Result")
 
