@@ -65,7 +65,7 @@ __getattr__ = lazy_attributes(
         "entry": ("Dataset", "DatasetEntry", "load_dataset"),
         "images": ("EncodedImages", "ResidentImages", "decode_image"),
         "loader": ("Batch", "Loader"),
-        "reading": ("Workers",),
+        "workers": ("Workers",),
     },
 )
 
