@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from norm_matters.core.errors import UserError
+from norm_matters.engine.tensors import spoils_memory
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -19,7 +20,11 @@ def compiled_forward(module: nn.Module, *, cuda_graphs: bool = False) -> Forward
         cuda_graphs: record the kernels of a call and replay them: for small batches, whose kernels take less time than
             their launch. An output is overwritten by the next call. CUDA only.
     """
-    compiled = torch.compile(module, mode="reduce-overhead" if cuda_graphs else None)
+    if any(map(spoils_memory, module.modules())):
+        # The compiler would lay their input out as channels_last.
+        compiled = torch.compile(module, options={"layout_optimization": False})
+    else:
+        compiled = torch.compile(module, mode="reduce-overhead" if cuda_graphs else None)
     if not cuda_graphs:
         return compiled
 

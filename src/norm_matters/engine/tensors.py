@@ -7,13 +7,49 @@ from torch import Tensor, nn
 
 from norm_matters.core.errors import UserError
 
+# Input channels from which oneDNN's convolutions of one pixel that skip pixels are right on every processor: the widest
+# vector holds so many.
+_SAFE_CHANNELS = 16
+
 
 def lay_out(module: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    """Bring the tensors of four dimensions into a memory format, in place; others have no such format."""
+    """Bring the tensors of four dimensions into a memory format, in place; others have no such format.
+
+    Convolutions that oneDNN gets wrong in it (see `spoils_memory`) are left out, and take their input as contiguous.
+    """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
+    if memory_format == torch.channels_last:
+        for convolution in filter(spoils_memory, module.modules()):
+            for parameter in convolution.parameters():
+                parameter.data = _contiguous(parameter.data)
+            convolution.register_forward_pre_hook(_with_contiguous_input)
     return module
+
+
+def spoils_memory(module: nn.Module) -> bool:
+    """Whether a convolution's gradient may be wrong, and written past its end, where its input is channels_last.
+
+    So it is on CPUs, for kernels of one pixel that skip pixels and have fewer input channels than a vector has room
+    for; torch 2.13, https://github.com/uxlfoundation/oneDNN/issues/6035.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and next(module.parameters()).device.type == "cpu"
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels // module.groups < _SAFE_CHANNELS
+    )
+
+
+def _with_contiguous_input(convolution: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (_contiguous(inputs[0]),)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """A copy that says so by its strides: with one channel, `contiguous()` is content with those of channels_last."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
