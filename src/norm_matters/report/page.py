@@ -14,6 +14,7 @@ from typing import Final
 from norm_matters.report.style import CSS, SCRIPT
 
 _VOID: Final = {"meta", "link", "line", "input"}
+_FIGURE: Final = 32
 
 
 class Html(str):
@@ -52,10 +53,17 @@ def cards(facts: Iterable[tuple[str, str]]) -> Html:
 
 
 def numbers_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
-    """Return a table of figures that scrolls sideways on a small screen; the first cell of a row is its heading."""
+    """Return a table of figures that scrolls sideways on a small screen; the first cell of a row is its heading.
+
+    Cells of more than `_FIGURE` characters are words, and wrap.
+    """
     head = tag("thead", tag("tr", *(tag("th", text, scope="col") for text in header)))
-    body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", text) for text in row[1:])) for row in rows)
+    body = (tag("tr", tag("th", row[0], scope="row"), *map(_cell, row[1:])) for row in rows)
     return tag("div", tag("table", head, tag("tbody", *body), class_="numbers"), class_="scroll")
+
+
+def _cell(text: str) -> Html:
+    return tag("td", text, class_="words") if len(text) > _FIGURE else tag("td", text)
 
 
 def facts_table(facts: Iterable[tuple[str, str]]) -> Html:

@@ -41,6 +41,7 @@ th, td { padding: 5px 14px; text-align: left; vertical-align: top; border-top: 1
 thead th { border-top: 0; color: var(--soft); font-weight: 600; line-height: 1.3; vertical-align: bottom; }
 tbody th { font-weight: 500; overflow-wrap: anywhere; }
 .numbers td { white-space: nowrap; }
+.numbers td.words { min-width: 150px; white-space: normal; }
 .numbers thead th { min-width: 74px; overflow-wrap: anywhere; }
 .scroll + p { margin-top: 8px; font-size: 13px; }
 .numbers tbody th { min-width: 220px; }
