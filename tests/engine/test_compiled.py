@@ -81,12 +81,21 @@ def test_cuda_graphs_mark_where_a_step_begins(monkeypatch) -> None:
     assert order == ["begin", "reduce-overhead"] * 2
 
 
-def test_an_error_of_the_compiler_is_one_line_with_advice() -> None:
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("No working C++ compiler found:\n (g++)\n", "No working C++ compiler found"),
+        (
+            "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nIn a.cpp:\n  a.cpp:1:2: error: no 'b'\nc: error: no",
+            "C++ compile error: a.cpp:1:2: error: no 'b'",
+        ),
+    ],
+)
+def test_an_error_of_the_compiler_is_one_line_with_advice(message: str, reason: str) -> None:
     with pytest.raises(UserError) as caught, compilation_explained():
-        raise compiler_error("No working C++ compiler found:\n (g++)\n")
+        raise compiler_error(message)
     assert caught.value.problems == (
-        "train.compile: torch cannot compile this network here (No working C++ compiler found); "
-        "leave train.compile and --compile out",
+        f"train.compile: torch cannot compile this network here ({reason}); leave train.compile and --compile out",
     )
 
 

@@ -43,11 +43,17 @@ def compilation_explained() -> Iterator[None]:
     except Exception as error:
         if not _is_of_the_compiler(error):
             raise
-        lines = str(error).splitlines()
-        reason = lines[0].rstrip(":. ") if lines else type(error).__name__
+        reason = _reason(error)
         raise UserError(
             f"train.compile: torch cannot compile this network here ({reason}); leave train.compile and --compile out"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of the compiler's message, and of a C++ compiler's pages its first error."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    first_error = [line.strip() for line in lines[1:] if "error: " in line][:1]
+    return ": ".join([lines[0].rstrip(":. "), *first_error])
 
 
 def _is_of_the_compiler(error: BaseException) -> bool:
