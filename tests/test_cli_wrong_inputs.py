@@ -188,6 +188,7 @@ OTHER = {
     "predict as CSV and JSON": ("predict good a.png --csv --json", ["--csv", "--json"]),
     "predict of no image": ("predict good", ["IMAGE"]),
     "predict zero classes": ("predict good one --top 0", ["--top", "'0'", "from 1"]),
+    "predict more digits than Python reads": ("predict good one --top " + "9" * 5000, ["--top", "from 1"]),
     "report of no run": ("report empty", ["empty"]),
     "compare with one that is no run": ("compare good empty", ["empty"]),
     "compare into a folder": ("compare good --output empty", ["empty", "folder"]),

@@ -32,9 +32,10 @@ def number(option: str, text: str, least: int = 1) -> int:
     """The whole number that an option was given as text.
 
     Raises:
-        UserError: it is none, or below `least`.
+        UserError: it is none, below `least`, or of 16 digits or more.
     """
-    if not text.isdecimal() or int(text) < least:
+    # Python itself refuses to read numbers of thousands of digits.
+    if not (text.isdecimal() and len(text) < 16) or int(text) < least:
         raise UserError(f"{option}: value '{text}' is not valid; it takes a whole number from {least}")
     return int(text)
 
