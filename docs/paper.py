@@ -100,7 +100,7 @@ def _experiment(recipe: Recipe, found: Mapping[tuple[str, str, str], Mapping[str
     if recipe.arms:
         lines += [*_arms(recipe, scales), ""]
         for scale in scales:
-            words = f"{recipe.id}, {scale} scale: accuracy by epoch, less that of {recipe.baseline}, and the intervals"
+            words = f"{recipe.id}, {scale} scale: accuracy, the same less that of the baseline, and the intervals"
             lines += [f"![{words}](paper/{recipe.id}-{scale}.png)", ""]
     for scale in scales:
         lines += _tables(recipe, scale)

@@ -1,8 +1,8 @@
 """Draws docs/paper/EXPERIMENT.png from the numbers in results/claims: `python docs/paper_plots.py [EXPERIMENT ...]`.
 
 Three plots: test accuracy by epoch, the same less the baseline's (pairs of the same seed; mean, and the band from
-minimum to maximum), and the differences that the claims are decided by, with their intervals. Needs chromium and
-chromedriver.
+minimum to maximum), and the differences that the claims are decided by, with their intervals. Where arms are norms at
+batch sizes: accuracy and differences by batch size. Needs chromium and chromedriver.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 from bokeh.io.export import get_screenshot_as_png
 from bokeh.layouts import row
-from bokeh.models import BoxAnnotation, FactorRange, Span
+from bokeh.models import BoxAnnotation, FactorRange, Range1d, Span
 from paper import RESULTS, ROOT
 
 from norm_matters.experiments.claims import RECIPES
 from norm_matters.experiments.claims.evidence import RUNS_FILE, read_verdicts
-from norm_matters.experiments.claims.recipe import Recipe
+from norm_matters.experiments.claims.recipe import LAST_QUARTER, Recipe
 from norm_matters.record.files import make_folder, write_file
 from norm_matters.report.plots import Series
 
@@ -55,10 +55,43 @@ def draw_bands(title: str, table: pd.DataFrame, arms: Sequence[Series], *, named
     return plot
 
 
+def draw_by_batch(recipe: Recipe, scale: str) -> Any:
+    """Accuracy by batch size (mean, minimum and maximum over the seeds), a line per norm; and its differences."""
+    table = curves(recipe, scale)
+    # As the claims have it: the last quarter of the epochs.
+    accuracy = table.iloc[round(LAST_QUARTER[0] * len(table)) :].mean()
+    tests = decisive_tests(recipe, scale)
+    norms = list(dict.fromkeys(arm.name.rpartition("-b")[0] for arm in recipe.arms))
+    batches = sorted({int(arm.name.rpartition("-b")[2]) for arm in recipe.arms})
+    base = norms[0]
+    labels = FactorRange(factors=[str(batch) for batch in batches])
+    shown = panel("test accuracy (%)", "images per step", height=HEIGHT, x_range=labels)
+    less = panel(f"less that of {base} (points, 90% interval)", "images per step", height=HEIGHT, x_range=labels)
+    # A few points are what matters; what loses half of them leaves the picture.
+    less.y_range = Range1d(-10, 5)
+    less.add_layout(BoxAnnotation(bottom=-recipe.margin, top=recipe.margin, fill_color="#e7ebee", level="underlay"))
+    for index, norm in enumerate(norms):
+        colour = Series(norm, index).colour
+        places = [(str(batch), 0.12 * (index - (len(norms) - 1) / 2)) for batch in batches]
+        values = [accuracy[f"{norm}-b{batch}"] for batch in batches]
+        shown.segment(places, [min(each) for each in values], places, [max(each) for each in values], color=colour)
+        shown.line(places, [each.mean() for each in values], color=colour, line_width=2, legend_label=norm)
+        for place, batch in zip(places, batches, strict=True):
+            if found := tests.get(f"{norm}-b{batch} less {base}-b{batch}"):
+                less.segment([place], [found["low"]], [place], [found["high"]], color=colour, line_width=3)
+                less.scatter([place], [found["estimate"]], size=8, color=colour)
+    return row(finish(shown), less)
+
+
+def decisive_tests(recipe: Recipe, scale: str) -> dict[str, Any]:
+    """The comparisons of an experiment, those with a margin, by what they compare."""
+    verdicts = [each for each in read_verdicts(RESULTS) if (each["experiment"], each["scale"]) == (recipe.id, scale)]
+    return {test["what"]: test for each in verdicts for test in each["statistics"] if test["margin"] is not None}
+
+
 def draw_differences(recipe: Recipe, scale: str) -> Any:
     """Each difference that a claim is decided by, with its interval; grey: within the margin."""
-    verdicts = [each for each in read_verdicts(RESULTS) if (each["experiment"], each["scale"]) == (recipe.id, scale)]
-    tests = {test["what"]: test for each in verdicts for test in each["statistics"] if test["margin"] is not None}
+    tests = decisive_tests(recipe, scale)
     names = [name for name, test in tests.items() if test["low"] is not None]
     # The names stand on the left: 6 pixels a letter.
     size = {"width": 290 + 6 * max(map(len, names), default=0), "height": HEIGHT}
@@ -72,7 +105,9 @@ def draw_differences(recipe: Recipe, scale: str) -> Any:
 
 
 def plots_of(recipe: Recipe, scale: str) -> Any:
-    """The three plots of an experiment, side by side."""
+    """The plots of an experiment, side by side."""
+    if all("-b" in arm.name for arm in recipe.arms):
+        return draw_by_batch(recipe, scale)
     table = curves(recipe, scale)
     arms = [Series(arm.name, index) for index, arm in enumerate(recipe.arms)]
     base = table.xs(recipe.baseline, axis="columns", level="arm")
