@@ -26,11 +26,13 @@ from norm_matters.core.errors import UserError
 from norm_matters.core.seeding import seed_everything
 from norm_matters.datasets import Dataset
 from norm_matters.datasets.images import Images
+from norm_matters.engine.compiled import compiled_forward
 from norm_matters.engine.device import resolve_device
 from norm_matters.engine.instruments.collect import Instruments
 from norm_matters.engine.metrics import Meter
 from norm_matters.engine.state import TrainingState
 from norm_matters.engine.step import StepOptions, train_step
+from norm_matters.engine.tensors import lay_out
 from norm_matters.models import MODELS
 from norm_matters.models.build import build_model
 from norm_matters.models.entry import read_options
@@ -188,9 +190,9 @@ def _plain_loop(case: TrainCase, arm: Arm, *, classes: int, in_channels: int) ->
         options = read_options(build, case.options or {})
         module = build(num_classes=classes, in_channels=in_channels, norm=norm, **options)
     layout = _layout(arm)
-    module = module.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    module = lay_out(module.to(device), layout)
     optimizer = torch.optim.SGD(module.parameters(), lr=LR, momentum=MOMENTUM)
-    forward = torch.compile(module) if arm.compiled else module
+    forward = compiled_forward(module) if arm.compiled else module
 
     def train(images: Tensor, labels: Tensor) -> int:
         images, labels = images.to(device, memory_format=layout), labels.to(device)
