@@ -182,6 +182,16 @@ def test_torchs_weight_norm_is_followed_by_its_direction() -> None:
     ]
 
 
+def test_every_parametrized_weight_is_followed_and_a_tied_one_once() -> None:
+    """What a parametrization computes is gone at once, and another tensor may get its identity: none is left out."""
+    layers = [nn.Linear(3, 2) for _ in range(200)]
+    layers[7].weight = layers[3].weight
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    found = [weight.layer for weight in tracked_weights(nn.Sequential(*layers))]
+    assert found == [str(index) for index in range(200) if index != 7]
+
+
 def test_which_weights_are_followed() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -68,7 +68,7 @@ def tracked_weights(module: nn.Module) -> list[TrackedWeight]:
     Position embeddings and per-channel scales are no weights in this sense.
     """
     found: list[TrackedWeight] = []
-    seen: set[int] = set()
+    seen: set[tuple[int, ...]] = set()
     for path, layer in module.named_modules():
         if is_norm(layer) or "parametrizations" in path.split("."):
             continue
@@ -76,9 +76,10 @@ def tracked_weights(module: nn.Module) -> list[TrackedWeight]:
             parametrized = parametrize.is_parametrized(layer, name)
             with torch.no_grad():
                 tensor = TrackedWeight("", layer, name, None, path).effective({})
-            if tensor.ndim < 2 or id(tensor) in seen or channel_rows(layer, tensor).shape[1] < 2:
+            made_of = _made_of(layer, name) if parametrized else (id(tensor),)
+            if tensor.ndim < 2 or made_of in seen or channel_rows(layer, tensor).shape[1] < 2:
                 continue
-            seen.add(id(tensor))
+            seen.add(made_of)
             full = _join(path, name)
             parameter = _moved(layer, name, path, tensor.shape) if parametrized else full
             found.append(TrackedWeight(path if name == "weight" and path else full, layer, name, parameter, path))
@@ -95,6 +96,14 @@ def _own_weights(layer: nn.Module) -> list[str]:
 def _transform(layer: nn.Module, name: str) -> nn.Module:
     """The module that computes a parametrized tensor."""
     return layer.get_submodule(f"parametrizations.{name}")
+
+
+def _made_of(layer: nn.Module, name: str) -> tuple[int, ...]:
+    """The tensors that a parametrized one is computed from. Its own identity says nothing: it is made anew each time,
+    where another may just have been.
+    """
+    transform = _transform(layer, name)
+    return tuple(id(tensor) for tensor in (*transform.parameters(), *transform.buffers()))
 
 
 def _moved(layer: nn.Module, name: str, path: str, shape: torch.Size) -> str | None:
