@@ -9,6 +9,7 @@ import typer
 
 from norm_matters.cli_options import AnyDevice, DataDir
 from norm_matters.core.errors import UserError
+from norm_matters.core.numbers import is_whole
 from norm_matters.progress import printable, say
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def norms(
     quick: Annotated[bool, typer.Option("--quick", help="two small shapes, 3 rounds, unless they are given")] = False,
 ) -> None:
     """Time norms, forward and backward, beside torch's own, in turns; and what they keep in memory."""
-    if repeats is not None and not (repeats.isdecimal() and int(repeats)):
+    if repeats is not None and not is_whole(repeats, 1):
         raise UserError(f"--repeats: value '{repeats}' is not valid; it takes a whole number from 1")
     from rich.console import Console
     from rich.progress import track
@@ -139,7 +140,7 @@ def numerics(
     problems = []
     if rounding not in _ROUNDINGS:
         problems.append(f"--rounding: value '{rounding}' is not valid; it takes nearest or stochastic")
-    if n is not None and not (n.isdecimal() and int(n) > 1):
+    if n is not None and not is_whole(n, 2):
         problems.append(f"--n: value '{n}' is not valid; it takes a whole number from 2")
     if problems:
         raise UserError(*problems)
@@ -194,7 +195,7 @@ def train(
     problems = [
         f"{option}: value '{value}' is not valid; it takes a whole number from {least}"
         for option, value, least in (("--batch-size", batch_size, 1), ("--image-size", image_size, 8))
-        if not (value.isdecimal() and int(value) >= least)
+        if not is_whole(value, least)
     ]
     if against != "plain":
         problems.append(f"--against: value '{against}' is not valid; it takes plain")
@@ -256,10 +257,10 @@ def input_speed(
 ) -> None:
     """Time our loader, torchvision's transforms and timm's loader, in turns."""
     problems = []
-    if not (batch_size.isdecimal() and int(batch_size)):
+    if not is_whole(batch_size, 1):
         problems.append(f"--batch-size: value '{batch_size}' is not valid; it takes a whole number from 1")
     numbers = [number.strip() for number in workers.split(",")] if workers is not None else []
-    if not all(number.isdecimal() for number in numbers):
+    if not all(map(is_whole, numbers)):
         problems.append(f"--workers: value '{workers}' is not valid; it takes whole numbers from 0, such as 0,1,2")
     if problems:
         raise UserError(*problems)

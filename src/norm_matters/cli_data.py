@@ -11,6 +11,7 @@ import typer
 
 from norm_matters.cli_options import AsJson, DataDir, Number
 from norm_matters.core.errors import UserError
+from norm_matters.core.numbers import is_whole
 from norm_matters.progress import say
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="a folder of images or shards, or a dataset's name")]
@@ -141,7 +142,7 @@ def stats(
 def _number(option: str, value: str | None, problems: list[str]) -> int | None:
     if value is None:
         return None
-    if not (value.isdecimal() and len(value) < 16):
+    if not is_whole(value):
         problems.append(f"{option}: value '{value}' is not valid; it takes a whole number")
         return None
     return int(value)

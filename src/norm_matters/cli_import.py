@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.numbers import is_whole
 from norm_matters.progress import say
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def import_old(
         problems.append(f"'{output}': the file to write must end in .safetensors")
     elif output.exists() and not (force or dry_run):
         problems.append(f"'{output}' exists; choose another name, or replace it with --force")
-    if num_classes is not None and not (num_classes.isdecimal() and int(num_classes) > 0):
+    if num_classes is not None and not is_whole(num_classes, 1):
         problems.append(f"--num-classes: value '{num_classes}' is not valid; it takes a whole number from 1")
     if running_var not in (None, *_RUNNING_VAR):
         problems.append(f"--running-var: value '{running_var}' is not valid; it takes inverse or variance")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from norm_matters.core.errors import UserError
+from norm_matters.core.numbers import is_whole
 
 if TYPE_CHECKING:
     from norm_matters.core.config import RunConfig
@@ -34,8 +35,7 @@ def number(option: str, text: str, least: int = 1) -> int:
     Raises:
         UserError: it is none, below `least`, or of 16 digits or more.
     """
-    # Python itself refuses to read numbers of thousands of digits.
-    if not (text.isdecimal() and len(text) < 16) or int(text) < least:
+    if not is_whole(text, least):
         raise UserError(f"{option}: value '{text}' is not valid; it takes a whole number from {least}")
     return int(text)
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from norm_matters.cli_options import AsJson
-from norm_matters.core.errors import UserError
+from norm_matters.cli_options import AsJson, number
 from norm_matters.core.ranks import find_ranks
 from norm_matters.progress import say
 
@@ -32,11 +31,10 @@ def verify(
 
     Exit status 0: all are equal; 1: a step differs. The run's folder is only read.
     """
-    if not steps.isdecimal() or int(steps) == 0:
-        raise UserError(f"--steps: value '{steps}' is not valid; it takes a whole number from 1")
+    count = number("--steps", steps)
     from norm_matters.verification import verify as verify_run
 
-    found = verify_run(run, steps=int(steps), data_dir=data_dir, dataset=dataset, device=device)
+    found = verify_run(run, steps=count, data_dir=data_dir, dataset=dataset, device=device)
     if find_ranks().first:
         _print_json(run, found) if as_json else _print_lines(found)
         if not found.equal:

@@ -32,8 +32,6 @@ SECONDS_BETWEEN_EXCHANGES = 0.25
 STEPS_TO_LEARN = 10
 """After so many steps the ranks know how long a step takes."""
 
-"""Exit status of a process that Ctrl-C has ended."""
-
 SHARE_IN_RESERVE = 0.02
 """Of the time that a run has: kept for its last step and save, before it is known how long they take."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from norm_matters.core.errors import INTERRUPTED, UserError
+from norm_matters.core.numbers import is_whole
 from norm_matters.core.ranks import STOP_VARIABLE, noted_stop
 
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -97,9 +98,9 @@ def check_numbers(processes: str | None, restarts: str | None) -> tuple[int, int
         UserError: one is none, or there are restarts without processes.
     """
     problems = []
-    if processes is not None and not (processes.isdecimal() and int(processes)):
+    if processes is not None and not is_whole(processes, 1):
         problems.append(f"--processes: value '{processes}' is not valid; it takes a whole number from 1")
-    if restarts is not None and not restarts.isdecimal():
+    if restarts is not None and not is_whole(restarts):
         problems.append(f"--max-restarts: value '{restarts}' is not valid; it takes a whole number from 0")
     if restarts is not None and processes is None:
         problems.append("--max-restarts: it needs --processes N; torchrun has an option of the same name")

@@ -24,12 +24,14 @@ def gradients(forward: Forward, module: nn.Module, images: torch.Tensor) -> list
 
 
 def check(width: int, *, weight_norm: str | None = None, compiled: bool = False) -> None:
-    module = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), narrow(width))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(width)
+        module = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), narrow(width))
+        images = torch.randn(33, 3, 16, 16).contiguous(memory_format=CHANNELS_LAST)
     if weight_norm:
         normalise_weights(module, weight_norm)
     # float64 is not oneDNN's.
     reference = copy.deepcopy(module).double()
-    images = torch.randn(33, 3, 16, 16).contiguous(memory_format=CHANNELS_LAST)
     expected = gradients(reference, reference, images.double())
     lay_out(module, CHANNELS_LAST)
     forward = compiled_forward(module) if compiled else module
@@ -37,13 +39,41 @@ def check(width: int, *, weight_norm: str | None = None, compiled: bool = False)
         for ours, its in zip(gradients(forward, module, images), expected, strict=True):
             assert ours is not None
             assert its is not None
-            torch.testing.assert_close(ours.double(), its, rtol=0, atol=1e-5 * float(its.abs().max()))
+            # Sums that nearly cancel are rounded to 3e-5 of the largest; what oneDNN gets wrong is off by 4e-3 or more.
+            torch.testing.assert_close(ours.double(), its, rtol=0, atol=1e-4 * float(its.abs().max()))
 
 
 @pytest.mark.parametrize("weight_norm", [None, "bounded"])
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 8, 12, 16])
 def test_they_are_those_of_float64(width: int, weight_norm: str | None) -> None:
     check(width, weight_norm=weight_norm)
+
+
+def test_however_it_is_called_laid_out_or_made() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            fixed = narrow(3)
+            weight = fixed.weight.detach()
+            del fixed.weight
+            fixed.register_buffer("weight", weight)
+            self.fixed, self.down = fixed, narrow(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(input=self.fixed(x))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module, images = Named(), torch.randn(5, 3, 16, 16)
+    reference = copy.deepcopy(module).double()
+    (expected,) = gradients(reference, reference, images.double())
+    for _ in range(3):
+        lay_out(module, CHANNELS_LAST)
+    assert [len(each._forward_pre_hooks) for each in (module.fixed, module.down)] == [1, 1]
+    (ours,) = gradients(module, module, images.contiguous(memory_format=CHANNELS_LAST))
+    assert ours is not None
+    assert expected is not None
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.slow

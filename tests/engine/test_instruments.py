@@ -185,11 +185,13 @@ def test_torchs_weight_norm_is_followed_by_its_direction() -> None:
 def test_every_parametrized_weight_is_followed_and_a_tied_one_once() -> None:
     """What a parametrization computes is gone at once, and another tensor may get its identity: none is left out."""
     layers = [nn.Linear(3, 2) for _ in range(200)]
-    layers[7].weight = layers[3].weight
-    for layer in layers:
-        parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    layers[7].weight = layers[8].weight = layers[3].weight
+    shared, other = nn.Tanh(), nn.Sigmoid()
+    for index, layer in enumerate(layers):
+        step = shared if index in (3, 7) else other if index == 8 else nn.Tanh()
+        parametrize.register_parametrization(layer, "weight", step)
     found = [weight.layer for weight in tracked_weights(nn.Sequential(*layers))]
-    assert found == [str(index) for index in range(200) if index != 7]
+    assert found == [str(index) for index in range(200) if index != 7]  # 8 has the same original, but is another weight
 
 
 def test_which_weights_are_followed() -> None:

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from norm_matters.core.errors import UserError, nearest
+from norm_matters.core.numbers import is_whole
 
 VARIABLE = "NORM_MATTERS_FAULTS"
 
@@ -115,7 +116,7 @@ def _read_fault(entry: str) -> Fault:
     if kind == "nan" and point not in _WITH_VALUES:
         raise UserError(f"{VARIABLE}: '{entry}': there is nothing to spoil at '{point}', only at 'step'")
     for name, number in (("rank", rank), ("step", step)):
-        if number != "*" and not number.isdecimal():
+        if number != "*" and not is_whole(number):
             raise UserError(f"{VARIABLE}: '{entry}': {name} '{number}' is neither a whole number from 0 nor *")
     try:
         wait = float(seconds) if equals else Fault._field_defaults["seconds"]

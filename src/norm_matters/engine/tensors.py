@@ -22,9 +22,10 @@ def lay_out(module: nn.Module, memory_format: torch.memory_format) -> nn.Module:
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
     if memory_format == torch.channels_last:
         for convolution in filter(spoils_memory, module.modules()):
-            for parameter in convolution.parameters():
-                parameter.data = _contiguous(parameter.data)
-            convolution.register_forward_pre_hook(_with_contiguous_input)
+            for tensor in (*convolution.parameters(), *convolution.buffers()):
+                tensor.data = _contiguous(tensor.data)
+            if _with_contiguous_input not in convolution._forward_pre_hooks.values():
+                convolution.register_forward_pre_hook(_with_contiguous_input, with_kwargs=True)
     return module
 
 
@@ -36,15 +37,17 @@ def spoils_memory(module: nn.Module) -> bool:
     """
     return (
         isinstance(module, nn.Conv2d)
-        and next(module.parameters()).device.type == "cpu"
+        and module.weight.device.type == "cpu"
         and module.kernel_size == (1, 1)
         and module.stride != (1, 1)
         and module.in_channels // module.groups < _SAFE_CHANNELS
     )
 
 
-def _with_contiguous_input(convolution: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (_contiguous(inputs[0]),)
+def _with_contiguous_input(
+    convolution: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    return tuple(map(_contiguous, inputs)), {name: _contiguous(tensor) for name, tensor in named.items()}
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

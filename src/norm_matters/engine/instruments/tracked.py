@@ -99,11 +99,12 @@ def _transform(layer: nn.Module, name: str) -> nn.Module:
 
 
 def _made_of(layer: nn.Module, name: str) -> tuple[int, ...]:
-    """The tensors that a parametrized one is computed from. Its own identity says nothing: it is made anew each time,
+    """What a parametrized tensor is computed from and by. Its own identity says nothing: it is made anew each time,
     where another may just have been.
     """
     transform = _transform(layer, name)
-    return tuple(id(tensor) for tensor in (*transform.parameters(), *transform.buffers()))
+    steps = (step for step in transform.modules() if step is not transform)
+    return tuple(map(id, (*transform.parameters(), *transform.buffers(), *steps)))
 
 
 def _moved(layer: nn.Module, name: str, path: str, shape: torch.Size) -> str | None:
