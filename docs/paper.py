@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from norm_matters.experiments.claims import RECIPES
-from norm_matters.experiments.claims.evidence import RUNS_FILE, read_verdicts
+from norm_matters.experiments.claims.evidence import RUNS_FILE, judge_again, read_evidence, read_verdicts
 from norm_matters.experiments.claims.recipe import (
-    END_STATES,
-    LAST_QUARTER,
     SCALES,
     Recipe,
     outcome,
-    window_accuracy,
 )
 from norm_matters.experiments.statistics import mean_interval
 
@@ -58,7 +55,12 @@ seeds, choices and what counts as diverged are fixed in the recipe before the ru
 
 
 def main() -> None:
-    """Write the page."""
+    """Judge what was run in today's words, and write the page."""
+    for name in RECIPES.names():
+        for scale in RECIPES.get(name).scales:
+            folder = RESULTS / f"{name}-{scale}"
+            if (folder / RUNS_FILE).is_file():
+                judge_again(RECIPES.get(name), scale, folder)
     PAGE.write_text(text())
 
 
@@ -126,7 +128,11 @@ def _arms(recipe: Recipe, scales: Sequence[str]) -> list[str]:
     heads = ["arm", "what it is", *(f"accuracy, {scale} scale, % (SD; seeds)" for scale in scales)]
     results = [_accuracies(recipe, scale) for scale in scales]
     rows = [
-        _row(f"`{arm.name}`", arm.meaning.rstrip("."), *(_spread(found.get(arm.name)) for found in results))
+        _row(
+            f"`{arm.name}`",
+            arm.meaning.rstrip("."),
+            *(_spread(found.get(arm.name), recipe.diverged) for found in results),
+        )
         for arm in recipe.arms
     ]
     return [_row(*heads), _row(*("---" for _ in heads)), *rows]
@@ -154,26 +160,25 @@ def _short(cell: str) -> str:
 
 def _accuracies(recipe: Recipe, scale: str) -> dict[str, list[float]]:
     """Arm -> the mean accuracy over the last quarter of each run that came to an end; NaN of one that stopped."""
-    with (RESULTS / f"{recipe.id}-{scale}" / RUNS_FILE).open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        if row["state"] in END_STATES:
-            runs.setdefault((row["arm"], row["seed"]), []).append(row)
-    found: dict[str, list[float]] = {}
-    epochs = recipe.scale(scale).config["train.epochs"]
-    for (arm, _), own in runs.items():
-        found.setdefault(arm, []).append(window_accuracy(own, LAST_QUARTER) if len(own) == epochs else math.nan)
-    return found
+    evidence = read_evidence(recipe, scale, RESULTS / f"{recipe.id}-{scale}")
+    return {
+        arm: [evidence.accuracy(arm).get(seed, math.nan) for seed in evidence.diverged(arm)]
+        for arm in evidence.runs
+        if evidence.diverged(arm)
+    }
 
 
-def _spread(values: Sequence[float] | None) -> str:
+def _spread(values: Sequence[float] | None, least: float) -> str:
+    """Mean, standard deviation and number of accuracies; how many stopped (NaN), or came out below `least`."""
     if values is None:
         return "not run"
     whole = [value for value in values if math.isfinite(value)]
     told = mean_interval(whole)
-    stopped = f", {len(values) - len(whole)} stopped" if len(whole) < len(values) else ""
-    return f"{told.mean:.2f} ({told.sd:.2f}; {told.n}{stopped})" if len(whole) > 1 else f"–{stopped}"
+    lost, low = len(values) - len(whole), sum(value < least for value in whole)
+    remarks = [f"{count} {what}" for count, what in ((lost, "stopped"), (low, "diverged")) if count]
+    if len(whole) < 2:
+        return ", ".join(["–", *remarks])
+    return f"{told.mean:.2f} ({', '.join([f'{told.sd:.2f}; {told.n}', *remarks])})"
 
 
 def _outcome(verdict: Mapping[str, Any]) -> str:
@@ -218,8 +223,10 @@ def _ran(recipe: Recipe, scale: str, found: Mapping[tuple[str, str, str], Mappin
     provenance = verdict["provenance"]
     kinds = [f"{kind['runs']} runs {_origin(kind)}" for kind in provenance.get("runs", [])]
     origin = "; ".join(kinds) or _origin(provenance)
+    power = verdict.get("power", "")
     lines = [
-        f"{recipe.scale(scale).about} Numbers: [{folder}](../{folder}), {origin}. Made by",
+        f"{recipe.scale(scale).about}{f' Here {power}.' if power else ''} Numbers: [{folder}](../{folder}), {origin}. "
+        "Made by",
         "",
         "```bash",
         shlex.join(provenance["command"]),

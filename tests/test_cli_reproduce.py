@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,7 @@ import pytest
 import norm_matters as nm
 from norm_matters.cli import main
 from norm_matters.experiments.claims import RECIPES
+from norm_matters.experiments.claims.evidence import judge_again
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--scale", "smoke", "--seeds", "2", "--device", "cpu"]
@@ -57,6 +59,8 @@ def test_completion_knows_the_experiments() -> None:
         (["wdd"], "unknown experiment 'wdd'; did you mean 'wd'?"),
         (["lp", "--scale", "smal"], "--scale: lp has no 'smal'; did you mean 'small'?"),
         (["lp", "--arms", "l2,l3"], "--arms: lp has no 'l3'"),
+        (["lp", "--arms", ","], "--arms: lp has no ''"),
+        (["cost", "--arms", "l1"], "--arms: cost has none: it computes, and trains nothing"),
         (["lp", "--seeds", "x"], "--seeds: value 'x' is not valid"),
         (["lp", "--seeds", "1"], "--seeds: value 1 is not valid"),
         (["all", "--scale", "big"], "--scale: value 'big' is not valid; it takes smoke, small, paper"),
@@ -117,8 +121,9 @@ def test_a_pilot_says_how_many_seeds_are_needed(tmp_path: Path, capsys: pytest.C
     assert main(["reproduce", "l1-l2", *options, "--pilot"]) == 0
     text = capsys.readouterr().out
     assert "6 runs, 6 to train" in text
+    assert "no pilot has been run" not in text
     assert re.search(
-        r"l1 less l2: SD [\d.]+ points over 3 pairs; \d+ seeds give 80% power at half the margin of 0.2", text
+        r"l1 less l2: SD [\d.]+ points over 3 pairs; [\d,]+( or more)? seeds give 80% power at half the margin", text
     )
     runs = sorted(folder.name for folder in (tmp_path / "runs" / "l1-l2-smoke").iterdir() if "s2" in folder.name)
     assert runs == [f"{arm}-s{seed}" for arm in ("l1", "l2") for seed in (2000, 2001, 2002)]
@@ -144,6 +149,31 @@ def test_a_pilot_decides_how_many_seeds_there_are(tmp_path: Path, capsys: pytest
     assert "pilot.json: no pilot's result" in errors(capsys)[0]
 
 
+def test_a_dry_run_lists_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--executor", "slurm", "--output", str(tmp_path / "out")]
+    assert main(["reproduce", "l1-l2", *TINY, *options, "--dry-run"]) == 0
+    names = [f"{arm}-s{seed}" for arm in ("l2", "l1") for seed in (0, 1)]
+    assert capsys.readouterr().out.splitlines()[-4:] == [f"  {name}: new" for name in names]
+    assert main(["reproduce", "l1-l2", *TINY, *options, "--dry-run", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["runs"] == dict.fromkeys(names, "new")
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_verdicts_are_what_their_runs_say(tmp_path: Path) -> None:
+    script = docs_script()
+    shutil.copytree(script.RESULTS, tmp_path / "claims")
+    judged = 0
+    for folder in (tmp_path / "claims").iterdir():
+        name, _, scale = folder.name.rpartition("-")
+        if (folder / "runs.csv").is_file():
+            judge_again(RECIPES.get(name), scale, folder)
+            judged += 1
+    assert judged >= 4
+    for path in script.RESULTS.glob("*/*/verdict.json"):
+        assert path.read_text() == (tmp_path / "claims" / path.relative_to(script.RESULTS)).read_text()
+
+
 def test_identities_hold_to_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "invariance", "--scale", "smoke", "--output", str(tmp_path), "--json"]) == 0
     found = {each["claim"]: each for each in json.loads(capsys.readouterr().out)}
@@ -164,10 +194,11 @@ def test_the_page_of_docs_tells_mean_and_spread_of_each_arm(tmp_path: Path, monk
     script, recipe = docs_script(), RECIPES.get("wd")
     epochs = recipe.scale("smoke").config["train.epochs"]
     assert epochs == 8  # the last quarter are two epochs
-    lines = ["arm,seed,state,val_error1"]
+    lines = ["arm,seed,state,epoch,val_error1"]
     for arm, seed, state, error in (("on", 0, "done", 10), ("on", 1, "done", 13), ("off", 0, "missing", 20)):
-        lines += [f"{arm},{seed},{state},{error if epoch > 5 else 90}" for epoch in range(epochs)]
-    lines += [f"corrected,{seed},{state},50" for seed, state in ((0, "diverged"), (1, "diverged"))]
+        lines += [f"{arm},{seed},{state},{epoch + 1},{error if epoch > 5 else 90}" for epoch in range(epochs)]
+    lines += ["corrected,0,diverged,1,50", "corrected,1,diverged,,"]  # the second has stopped in its first epoch
+    lines += [f"norm-schedule,{seed},diverged,{n + 1},95" for seed in (0, 1) for n in range(epochs)]
     (tmp_path / "wd-smoke").mkdir()
     (tmp_path / "wd-smoke" / "runs.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(script, "RESULTS", tmp_path)
@@ -175,13 +206,18 @@ def test_the_page_of_docs_tells_mean_and_spread_of_each_arm(tmp_path: Path, monk
     assert last["on"] == "88.50 (2.12; 2) |"
     assert last["off"] == "not run |"
     assert last["corrected"] == "–, 2 stopped |"
+    least = recipe.diverged
+    assert least == 20
+    assert last["norm-schedule"] == "5.00 (0.00; 2, 2 diverged) |"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_at_smoke_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "all", "--scale", "smoke", "--output", str(tmp_path), "--json"]) == 0
-    found = {(each["experiment"], each["claim"]) for each in json.loads(capsys.readouterr().out)}
+    told = json.loads(capsys.readouterr().out)
+    assert all(each["verdict"] != "not run" for each in told)
+    found = {(each["experiment"], each["claim"]) for each in told}
     wanted = {(name, claim.id) for name in RECIPES.names() for claim in RECIPES.get(name).claims}
     assert found == wanted
     assert len(list(tmp_path.glob("*/*/verdict.json"))) == len(wanted)

@@ -85,7 +85,7 @@ def reproduce(
     )
     again = number("--retries", retries, least=0)
     count = None if seeds is None else number("--seeds", seeds)
-    names = [name for name in (arms or "").split(",") if name]
+    names = [] if arms is None else list(dict.fromkeys(name.strip() for name in arms.split(",")))
     if experiment == "all" and names:
         raise UserError("--arms: experiments have arms of their own; leave it out, or name one experiment")
     given = performing.user_settings(dataset=dataset, data_dir=data_dir, download=download, device=device)
@@ -99,8 +99,13 @@ def reproduce(
     told: list[dict[str, Any]] = []
     failed = False
     for plan in plans:
-        _introduce(plan, stream=sys.stderr if as_json else sys.stdout, estimate=dry_run or scale != "smoke")
+        facts = _introduce(
+            plan, stream=sys.stderr if as_json else sys.stdout, estimate=dry_run or scale != "smoke", pilot=pilot
+        )
         if dry_run:
+            told.append(facts)
+            if not as_json:
+                _list_runs(facts)
             continue
         if pilot:
             _pilot(plan, as_json=as_json)
@@ -110,7 +115,7 @@ def reproduce(
         told += [_plain(plan, verdict) for verdict in result.verdicts]
         if not as_json:
             _show_result(result)
-    if as_json and not pilot and not dry_run:
+    if as_json and (dry_run or not pilot):
         print(json.dumps(told))
     if failed:
         raise typer.Exit(FAILED)
@@ -156,28 +161,39 @@ def _list(*, as_json: bool) -> None:
         say(f"{name:{width}}  {summary}")
 
 
-def _introduce(plan: "ExperimentPlan", *, stream: Any, estimate: bool) -> None:
-    """Say what is about to be run, and how long it takes, before anything is."""
+def _introduce(plan: "ExperimentPlan", *, stream: Any, estimate: bool, pilot: bool) -> dict[str, Any]:
+    """Say what is about to be run, and how long it takes, before anything is; the runs and the time, in seconds."""
     from norm_matters.experiments.claims import performing
     from norm_matters.experiments.claims.phases import describe_products
     from norm_matters.experiments.pace import show_seconds
 
     tell = partial(say, stream=stream)
     tell(f"{plan.recipe.id}, {plan.scale} scale: {plan.recipe.question}")
+    facts: dict[str, Any] = {"experiment": plan.recipe.id, "scale": plan.scale, "runs": {}, "seconds": None}
     if not plan.recipe.arms:
-        return
+        return facts
     steps = performing.check_images(plan)
     tell(plan.size.about)
-    tell(performing.seeds_sentence(plan))
+    tell(f"a pilot: {len(plan.seeds)} seeds of their own" if pilot else performing.seeds_sentence(plan))
     if products := performing.products_of(plan.whole(), steps):
         tell(describe_products(plan.recipe.equilibrium or "", products))
     members = [*plan.choosing(), *plan.comparing(plan.chosen())]
-    left = sum(standing.status in ("new", "cut off") for standing in plan.standings(members))
+    standings = plan.standings(members)
+    facts["runs"] = {standing.cell.name: standing.status for standing in standings}
+    left = sum(standing.status in ("new", "cut off") for standing in standings)
     tell(f"arms: {', '.join(arm.name for arm in plan.arms)}; {len(members)} runs, {left} to train")
     if estimate:
         found = performing.estimate_time(plan)
+        facts["seconds"] = found.seconds
         time = "time unknown" if found.seconds is None else f"about {show_seconds(found.seconds)}"
         tell(f"{time} ({found.source})")
+    return facts
+
+
+def _list_runs(facts: dict[str, Any]) -> None:
+    """Where each run stands."""
+    for name, status in facts["runs"].items():
+        say(f"  {name}: {status}")
 
 
 def _perform(
@@ -206,8 +222,8 @@ def _pilot(plan: "ExperimentPlan", *, as_json: bool) -> None:
         print(json.dumps({"sd": found.sd, "n": found.n, "arm": found.arm, "seeds": found.seeds}))
         return
     print(
-        f"{found.arm} less {plan.recipe.baseline}: SD {found.sd:.2g} points over {found.n} pairs; {found.seeds} seeds "
-        f"give 80% power at half the margin of {plan.recipe.margin:g}"
+        f"{found.arm} less {plan.recipe.baseline}: SD {found.sd:.2g} points over {found.n} pairs; "
+        f"{performing.wanted_seeds(found)} seeds give 80% power at half the margin of {plan.recipe.margin:g}"
     )
 
 

@@ -16,7 +16,8 @@ CONFIDENCE = 0.9
 """Of the two-sided interval that decides: two one-sided tests at 5% each."""
 ALPHA = (1 - CONFIDENCE) / 2
 POWER = 0.8
-_MOST_SEEDS = 1000
+MOST_ASKED = 1000
+"""Seeds; what asks for more asks for more than anybody trains."""
 _QUANTILES = 4000  # of the distribution of a standard deviation, for an integral over it
 
 
@@ -119,7 +120,7 @@ def seeds_for_power(sd: float, *, margin: float, difference: float | None = None
         From 3 (below, a deviation is no estimate) to 1,000, which means: more than anybody trains.
     """
     wanted = margin / 2 if difference is None else difference
-    low, high = 3, _MOST_SEEDS
+    low, high = 3, MOST_ASKED
     while low < high:
         middle = (low + high) // 2
         if tost_power(middle, sd=sd, margin=margin, difference=wanted) >= power:

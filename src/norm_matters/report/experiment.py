@@ -238,12 +238,13 @@ def write_experiment_page(path: Path, view: ExperimentView) -> None:
     write_file(path, page(view.title, view.question, sections, scripts))
 
 
-def write_index_page(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_index_page(path: Path, rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) -> None:
     """Write the index over all experiments.
 
     Args:
         rows: `experiment`, `scale`, `question`, `claim`, `statement`, `verdict` (in words), `holds` (None: open),
             `sentence`, `seeds` and `page` (a file beside it) of each claim.
+        absent: name -> question of the experiments that were not run.
 
     Raises:
         StorageError: it cannot be written.
@@ -267,6 +268,8 @@ def write_index_page(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         sections.append(tag("section", tag("h2", link), tag("p", claims[0]["question"], class_="soft"), *parts))
     if not rows:
         sections.append(note("No experiment has been run yet."))
+    if absent:
+        sections.append(section("Not run yet", facts_table(absent.items())))
     write_file(path, page("The claims of Norm matters", "What holds, experiment by experiment", sections, []))
 
 

@@ -1,5 +1,6 @@
 """From accuracies to words, at every edge of the margin, and where runs diverged or are missing."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_a_certain_loss_of_unknown_size_is_undecided_and_says_so() -> None:
     found = decide.compare(evidence, "l1", "l2")
     assert found.word == "undecided"
     assert found.note == "worse for certain, by how much is open"
+    assert decide.describe(found).startswith("L1 is worse than l2 for certain, by how much is open, with the margin of")
     assert decide.is_worse(found) == "holds"
     assert decide.is_as_good(found) == "undecided"
 
@@ -101,7 +103,18 @@ def test_runs_that_diverged_leave_a_comparison_open() -> None:
     evidence = evidence_of({"l2": [80.0, 80.1, 80.2, 80.1], "l1": [80.0, 80.1, 80.2, None]})
     found = decide.compare(evidence, "l1", "l2")
     assert (found.word, found.n) == ("undecided", 3)
-    assert "runs of l1 stopped on numbers that are not finite" in decide.describe(found)
+    assert "; 1 of 4 runs of l1 stopped on numbers that are not finite." in decide.describe(found)
+
+
+def test_runs_that_diverged_and_came_to_their_end_count_and_are_named() -> None:
+    evidence = evidence_of({"l2": [80.0, 80.1, 80.2], "l1": [80.0, 80.1, 10.0]})
+    worst = evidence.runs["l1"][2]
+    evidence = replace(
+        evidence, runs={**evidence.runs, "l1": {**evidence.runs["l1"], 2: replace(worst, state="diverged")}}
+    )
+    found = decide.compare(evidence, "l1", "l2")
+    assert found.estimate == pytest.approx(-70.2 / 3)
+    assert found.note == "1 of 3 runs of l1 diverged, and count"
 
 
 def test_the_metric_is_the_mean_of_the_last_quarter() -> None:
@@ -110,7 +123,7 @@ def test_the_metric_is_the_mean_of_the_last_quarter() -> None:
     assert window_accuracy(rows_of(curve), (0.125, 0.25)) == 10
     assert window_accuracy(rows_of([5.0, 7.0]), (0.75, 1.0)) == 7
     assert window_accuracy(rows_of([5.0]), (0.0, 0.25)) == 5
-    assert window_accuracy([{"val_error1": 20.0}, {"val_error1": None}], (0.0, 1.0)) != 0  # NaN
+    assert math.isnan(window_accuracy([{"val_error1": 20.0}, {"val_error1": None}], (0.0, 1.0)))
 
 
 def test_the_papers_windows_are_its_epochs() -> None:
@@ -199,6 +212,15 @@ def test_a_claim_whose_arms_are_missing_is_not_run() -> None:
     evidence = evidence_of({"l2": [80.0, 80.1], "l1": [80.0]})
     found = judged(evidence, ("l1", "l2"))
     assert (found.word, found.holds, found.sentence) == ("not run", None, "Not run yet: l1.")
+
+
+def test_seeds_that_are_left_make_a_verdict_provisional() -> None:
+    evidence = evidence_of({"l2": [80.0, 80.1, 80.05], "l1": [80.0, 80.1, 80.05]})
+    left = replace(evidence.runs["l1"][2], state="missing", rows=[])
+    evidence = replace(evidence, runs={**evidence.runs, "l1": {**evidence.runs["l1"], 2: left}})
+    found = judged(evidence, ("l1", "l2"))
+    assert (found.word, found.holds) == ("undecided", None)
+    assert found.sentence.startswith("Provisional, 2 of 3 seeds of l1; so far equal (holds): L1 and l2 are equal")
 
 
 def test_without_time_for_decay_a_claim_is_undecided() -> None:

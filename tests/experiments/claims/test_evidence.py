@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from norm_matters.core.errors import UserError
+from norm_matters.core.errors import StorageError, UserError
 from norm_matters.experiments.claims import evidence as room
 from norm_matters.experiments.claims import figures
 from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, verdict
@@ -145,6 +145,56 @@ def test_the_page_shows_words_curves_and_the_paper(plan: ExperimentPlan) -> None
     ours = ("Is it so?", "equal", "L1 and l2 are equal", "A small one.", "Some numbers", "3 done", "0.5 points")
     for words in (*paper, *ours):
         assert words in text, words
+
+
+@pytest.mark.parametrize(
+    "entry", ["experiment", "claim", "verdict", "holds", "sentence", "scale", "statistics", "seeds"]
+)
+def test_a_verdict_with_an_entry_of_another_kind_is_named(entry: str, plan: ExperimentPlan) -> None:
+    document = written(plan)
+    file = plan.folder / "X-1" / "verdict.json"
+    file.write_text(json.dumps({**document, entry: 3}))
+    with pytest.raises(UserError, match=f"{file}: no verdict: it has no valid {entry}"):
+        write_index(plan.output)
+
+
+def test_what_was_published_is_judged_as_the_runs_were(plan: ExperimentPlan, make_run: Callable[..., Path]) -> None:
+    other = plan_experiment(plan.recipe, "smoke", output=plan.output, seeds=4)
+    for member in other.comparing():
+        if member.seed == 3:  # both have stopped, one of them in its first epoch
+            folder = make_run(other.runs, member.cell, [20.0] if member.arm == "l1" else [])
+            (folder / "log.txt").write_text("x stopped: NumericalError: the loss is not finite")
+    document = written(other)
+    assert "1 of 4 runs of l1 and 1 of 4 runs of l2 stopped" in document["sentence"]
+    found = room.read_evidence(plan.recipe, "smoke", other.folder)
+    assert found.diverged("l2") == {0: False, 1: False, 2: False, 3: True}
+    path = other.folder / "X-1" / "verdict.json"
+    path.write_text(json.dumps({**document, "sentence": "in other words", "statistics": []}))
+    room.judge_again(plan.recipe, "smoke", other.folder)
+    assert json.loads(path.read_text()) == document
+    path.write_text(json.dumps({**document, "sentence": "in other words", "rule": "another"}))
+    room.judge_again(plan.recipe, "smoke", other.folder)
+    assert json.loads(path.read_text())["sentence"] == "in other words"
+
+
+@pytest.mark.parametrize("content", ["", "arm,seed,state,epoch\nl3,0,done,1\n", "arm,seed,state,epoch\nl2,x,done,1\n"])
+def test_a_damaged_table_of_runs_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text(content or "arm\nl2\n")
+    with pytest.raises(UserError, match=r"runs\.csv: no table of the runs of example, smoke scale"):
+        room.read_evidence(recipe(), "smoke", tmp_path)
+
+
+def test_where_nothing_can_be_published_nothing_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        perform(plan_experiment(recipe(), "smoke", output=tmp_path / "out"), publish_to=tmp_path / "file" / "results")
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_the_index_names_what_was_not_run(plan: ExperimentPlan) -> None:
+    text = write_index(plan.output).read_text()
+    assert "Not run yet" in text
+    assert "Do L1, Linf and Top(10) batch norm do as well as L2" in text
 
 
 def test_the_index_links_every_page(plan: ExperimentPlan) -> None:

@@ -166,6 +166,9 @@ def test_what_diverged_has_ended(tmp_path: Path, make_run: Callable[..., Path]) 
     (folder / "log.txt").write_text("a\nb stopped: NumericalError: the loss is not finite\n")
     assert has_diverged(folder)
     assert plan.standings(plan.comparing())[0].status == "failed"
+    with (folder / "log.txt").open("a") as log:
+        log.write("c warning: no report: the disk is full; 'norm-matters report x' tries again\n")
+    assert has_diverged(folder), "that it has no page does not change how it ended"
     (folder / "log.txt").write_text("stopped: NumericalError: once\ndone\n")
     assert not has_diverged(folder)
 

@@ -113,13 +113,30 @@ def test_the_constant_matters(quarter: Accuracies, four: Accuracies, holds: bool
         (70.05, 70.1, 70.05, 70.1, None),  # nothing to undo
         (70.05, 68.0, 68.5, 70.1, True),  # of the one that has something to undo
         (68.0, LOST, 68.5, 70.1, None),
+        (LOST, 68.0, 68.5, 70.1, None),  # of a constant that stopped it is not known what it costs
     ],
 )
 def test_gammas_start_undoes_the_constant(
-    quarter: float, undone: Accuracies, four: float, four_undone: float, holds: bool | None
+    quarter: Accuracies, undone: Accuracies, four: float, four_undone: float, holds: bool | None
 ) -> None:
     arms = {"l1": 70.0, "quarter": quarter, "quarter-undone": undone, "four": four, "four-undone": four_undone}
     assert judge("constant", "Q-GAMMA", arms).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("l1", "word", "holds"),
+    [
+        (70.0, "equal", True),
+        ([70.1, 70.11, 70.12, 70.1, 70.11], "better but within the margin", True),
+        ([69.9, 69.91, 69.92, 69.9, 69.91], "worse but within the margin", True),
+        (71.0, "better", False),  # within is within
+        (69.0, "worse", False),
+        ([70.1, 70.3, 70.1, 70.3, 70.2], "undecided", None),
+    ],
+)
+def test_l1_is_within_the_margin_on_both_sides(l1: Accuracies, word: str, holds: bool | None) -> None:
+    found = judge("l1-l2", "Q-L1", {"l2": [70.0, 70.01, 69.99, 70.02, 70.0], "l1": l1})
+    assert (found.word, found.holds) == (word, holds)
 
 
 def runs_of(stopped: int, count: int = 8) -> list[float | None]:
@@ -141,12 +158,21 @@ def test_l2_diverges_in_half_precision(l2: Accuracies, l1: Accuracies, holds: bo
     assert judge("half", "HP-2", {"l2-fp16": l2, "l1-fp16": l1}).holds is holds
 
 
+@pytest.mark.parametrize(("stopped", "holds"), [(8, False), (5, False), (3, None), (0, True)])
+def test_l1_that_diverges_in_half_precision_does_not_train_in_it(stopped: int, holds: bool | None) -> None:
+    found = judge(
+        "half", "HP-1", {"l2": around(70.0, 8), "l1-fp16": [*runs_of(stopped)[:stopped], *around(70.05, 8)[stopped:]]}
+    )
+    assert found.holds is holds
+
+
 @pytest.mark.parametrize(
     ("wide", "narrow", "holds"),
     [
         (around(70.05, 8), runs_of(8), True),
         (around(70.05, 8), runs_of(0), False),
         (around(68.0, 8), runs_of(8), False),
+        (runs_of(8), runs_of(8), False),  # the accumulator does not save it
         (runs_of(3), runs_of(8), None),
     ],
 )

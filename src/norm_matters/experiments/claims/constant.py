@@ -32,6 +32,11 @@ def _start(evidence: Evidence) -> Verdict:
     ]
     decisive = [undone[arm] for arm in costly] or list(alone.values())
     words: list[Word] = [is_as_good(finding) if costly else "undecided" for finding in decisive]
+    # Of a constant whose runs stopped it is not known what it costs: whether gamma undoes that is open.
+    for finding in alone.values():
+        if finding.lost and finding not in decisive:
+            decisive.append(finding)
+            words.append("undecided")
     others = [finding for finding in (*alone.values(), *undone.values(), *further) if finding not in decisive]
     return together("Q-GAMMA", [*decisive, *others], words=words)
 
@@ -53,7 +58,7 @@ RECIPE = Recipe(
             "What matters of the constant is the scale it gives the network at its start.",
             "",
             "each of the two constants that is worse than C for certain loses no more than the margin once gamma's "
-            "start is scaled so that the output is as with C; open where neither is worse",
+            "start is scaled so that the output is as with C; open where neither is worse, or runs of either stopped",
             ("quarter", "four", "quarter-undone", "four-undone", "l1"),
             _start,
         ),

@@ -21,13 +21,14 @@ WITHIN: tuple[Word, ...] = (*AS_GOOD, "worse but within the margin")
 WORSE: tuple[Word, ...] = ("worse",)
 
 _SENTENCES: Mapping[Word, str] = {
-    "equal": "are equal within the margin of",
-    "worse but within the margin": "differ for certain, but by less than the margin of",
-    "better but within the margin": "differ for certain, but by less than the margin of",
-    "worse": "differ by more than the margin of",
-    "better": "differ by more than the margin of",
-    "undecided": "leave it undecided, with the margin of",
+    "equal": "{arm} and {baseline} are equal within the margin of",
+    "worse but within the margin": "{arm} is worse than {baseline} for certain, but by less than the margin of",
+    "better but within the margin": "{arm} is better than {baseline} for certain, but by less than the margin of",
+    "worse": "{arm} is worse than {baseline} by more than the margin of",
+    "better": "{arm} is better than {baseline} by more than the margin of",
+    "undecided": "{arm} and {baseline} leave it undecided, with the margin of",
 }
+_OPEN = " for certain, by how much is open"
 
 
 def word_of(low: float, high: float, margin: float) -> Word:
@@ -50,8 +51,16 @@ def word_of(low: float, high: float, margin: float) -> Word:
 
 def _survivors(evidence: Evidence, *arms: str) -> str:
     """What is to be said of arms of which runs stopped: an interval over the seeds that are left is not theirs."""
-    lost = [name for name in arms if evidence.lost(name)]
-    return f"runs of {' and '.join(lost)} stopped on numbers that are not finite" if lost else ""
+    lost = {name: (len(evidence.lost(name)), len(evidence.diverged(name))) for name in arms}
+    told = [f"{count} of {ended} runs of {name}" for name, (count, ended) in lost.items() if count]
+    return f"{' and '.join(told)} stopped on numbers that are not finite" if told else ""
+
+
+def _diverged(evidence: Evidence, *arms: str) -> str:
+    """What is to be said of arms of which runs diverged, yet came to their end and count."""
+    counts = {name: (sum(evidence.diverged(name).values()), len(evidence.diverged(name))) for name in arms}
+    told = [f"{count} of {ended} runs of {name}" for name, (count, ended) in counts.items() if count]
+    return f"{' and '.join(told)} diverged, and count" if told else ""
 
 
 def compare(
@@ -69,8 +78,10 @@ def compare(
     word, note = word_of(difference.low, difference.high, margin), ""
     if lost := _survivors(evidence, arm, baseline):
         word, note = "undecided", lost
-    elif word == "undecided" and (difference.high < 0 or difference.low > 0):
-        note = f"{'worse' if difference.high < 0 else 'better'} for certain, by how much is open"
+    else:
+        certain = word == "undecided" and (difference.high < 0 or difference.low > 0)
+        sign = "worse" if difference.high < 0 else "better"
+        note = "; ".join(filter(None, [f"{sign}{_OPEN}" if certain else "", _diverged(evidence, arm, baseline)]))
     return Finding(
         f"{arm} less {baseline}",
         PAIRED_T,
@@ -240,10 +251,14 @@ def describe(finding: Finding) -> str:
     """A finding as a sentence."""
     if finding.test == PAIRED_T:
         arm, _, baseline = finding.what.partition(" less ")
-        text = f"{arm} and {baseline} {_SENTENCES[finding.word]} {finding.margin:g} points"
+        told, further = _SENTENCES[finding.word], finding.note
+        if _OPEN in further:
+            remark, _, further = further.partition("; ")
+            sign = remark.removesuffix(_OPEN)
+            told = f"{{arm}} is {sign} than {{baseline}}{_OPEN}, with the margin of"
+        text = f"{told.format(arm=arm, baseline=baseline)} {finding.margin:g} points"
         numbers = f"{_signed(finding.estimate)} ({_interval(finding)}), {_pairs(finding)}" if finding.n else "no pairs"
-        note = f"; {finding.note}" if finding.note else ""
-        return f"{_capital(text)}: {numbers}{note}."
+        return f"{_capital(text)}: {numbers}{'; ' if further else ''}{further}."
     if finding.test == FIELLER:
         asked, _, further = finding.note.partition("; ")
         found = f"is {finding.estimate:.2f} ({_interval(finding)}), {_pairs(finding)}" if finding.n else "is not known"

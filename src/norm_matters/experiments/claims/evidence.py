@@ -1,15 +1,26 @@
 """From run folders to evidence, and from evidence to the files that are kept: verdict.json, runs.csv, tables."""
 
+import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from norm_matters.core.errors import UserError
 from norm_matters.experiments.claims.planning import ExperimentPlan, Member, has_diverged
-from norm_matters.experiments.claims.recipe import LAST_QUARTER, Evidence, RunRecord, Table, Verdict, window_accuracy
+from norm_matters.experiments.claims.recipe import (
+    END_STATES,
+    LAST_QUARTER,
+    Evidence,
+    Recipe,
+    RunRecord,
+    RunState,
+    Table,
+    Verdict,
+    window_accuracy,
+)
 from norm_matters.experiments.standing import is_done, read_rows
 from norm_matters.experiments.summary import table_csv
 from norm_matters.record.files import make_folder, write_file
@@ -17,6 +28,18 @@ from norm_matters.record.files import make_folder, write_file
 VERDICT_FILE = "verdict.json"
 RUNS_FILE = "runs.csv"
 _FORMAT = 1
+_ENTRIES = {
+    "experiment": str,
+    "claim": str,
+    "verdict": str,
+    "holds": bool | None,
+    "sentence": str,
+    "scale": str,
+    "statistics": list,
+    "seeds": list,
+}
+"""Of a verdict, with their types: what is read again."""
+_STATES: Mapping[str, RunState] = {state: state for state in (*END_STATES, "missing")}
 _COLUMNS = ("epoch", "train_loss", "val_loss", "train_error1", "val_error1", "lr", "seconds")
 
 
@@ -51,9 +74,16 @@ def judge(evidence: Evidence) -> list[Verdict]:
 
 
 def write_verdicts(
-    plan: ExperimentPlan, evidence: Evidence, verdicts: Sequence[Verdict], provenance: Mapping[str, Any]
+    plan: ExperimentPlan,
+    evidence: Evidence,
+    verdicts: Sequence[Verdict],
+    provenance: Mapping[str, Any],
+    power: str = "",
 ) -> None:
     """Write `CLAIM/verdict.json` for each claim, runs.csv and the tables into the plan's folder.
+
+    Args:
+        power: how many seeds there are, and how many a pilot asks for; a sentence.
 
     Raises:
         StorageError: it cannot be written.
@@ -69,17 +99,14 @@ def write_verdicts(
             "statement": claim.statement,
             "paper": claim.paper,
             "rule": claim.rule,
-            "verdict": verdict.word,
-            "holds": verdict.holds,
-            "sentence": verdict.sentence,
-            "statistics": [asdict(finding) for finding in verdict.findings],
+            **_findings_of(verdict),
             "seeds": sorted(set.intersection(*seeds)) if seeds else [],
+            "power": power,
             "scale": plan.scale,
             "provenance": provenance,
         }
         make_folder(plan.folder / claim.id)
-        text = json.dumps(_plain(document), indent=1, ensure_ascii=False, allow_nan=False)
-        write_file(plan.folder / claim.id / VERDICT_FILE, text + "\n")
+        _write_verdict(plan.folder / claim.id / VERDICT_FILE, document)
     if rows := run_rows(evidence):
         write_file(plan.folder / RUNS_FILE, table_csv(rows))
     for table in evidence.tables.values():
@@ -87,13 +114,64 @@ def write_verdicts(
 
 
 def run_rows(evidence: Evidence) -> list[dict[str, Any]]:
-    """The rows of runs.csv: every epoch of every run."""
+    """The rows of runs.csv: every epoch of every run; one without numbers for a run that stopped in its first."""
     return [
         {"arm": arm, "seed": seed, "state": run.state, **{column: row.get(column) for column in _COLUMNS}}
         for arm, runs in evidence.runs.items()
         for seed, run in runs.items()
-        for row in run.rows
+        for row in run.rows or ([{}] if run.state == "diverged" else [])
     ]
+
+
+def read_evidence(recipe: Recipe, scale: str, folder: Path) -> Evidence:
+    """The evidence that a published runs.csv holds: what was trained, without the run folders.
+
+    Raises:
+        UserError: the table is none of these.
+    """
+    path = folder / RUNS_FILE
+    runs: dict[str, dict[int, RunRecord]] = {arm.name: {} for arm in recipe.arms_at(scale)}
+    try:
+        with path.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                arm, seed = row["arm"], int(row["seed"])
+                state: RunState = _STATES[row["state"]]
+                run = runs[arm].setdefault(seed, RunRecord(arm, seed, folder, state, []))
+                if row["epoch"]:
+                    numbers = {name: float(row[name]) for name in _COLUMNS if row.get(name)}
+                    runs[arm][seed] = replace(run, rows=[*run.rows, numbers])
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UserError(f"{path}: no table of the runs of {recipe.id}, {scale} scale: {error!r}") from None
+    return Evidence(recipe, scale, runs)
+
+
+def judge_again(recipe: Recipe, scale: str, folder: Path) -> None:
+    """Put published verdicts into today's words, from their runs.csv; claims that had another rule stay as they are.
+
+    Raises:
+        UserError: a file is damaged.
+        StorageError: it cannot be written.
+    """
+    verdicts = {verdict.claim: verdict for verdict in judge(read_evidence(recipe, scale, folder))}
+    for claim in recipe.claims:
+        path = folder / claim.id / VERDICT_FILE
+        document = read_verdict(path)
+        if document.get("rule") == claim.rule:
+            _write_verdict(path, {**document, **_findings_of(verdicts[claim.id])})
+
+
+def _findings_of(verdict: Verdict) -> dict[str, Any]:
+    """The entries of a verdict.json that the runs decide."""
+    return {
+        "verdict": verdict.word,
+        "holds": verdict.holds,
+        "sentence": verdict.sentence,
+        "statistics": [asdict(finding) for finding in verdict.findings],
+    }
+
+
+def _write_verdict(path: Path, document: Mapping[str, Any]) -> None:
+    write_file(path, json.dumps(_plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def provenance_of(plan: ExperimentPlan, command: Sequence[str]) -> dict[str, Any]:
@@ -117,19 +195,25 @@ def read_verdicts(output: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a file is no verdict.
     """
-    found = []
-    for path in sorted(output.glob(f"*/*/{VERDICT_FILE}")):
-        try:
-            document = json.loads(path.read_bytes())
-            if document["format"] != _FORMAT:
-                raise UserError(f"{path} is of format {document['format']!r}; this norm-matters reads {_FORMAT}")
-            missing = {"experiment", "claim", "verdict", "sentence", "scale", "statistics"} - set(document)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: no verdict: {error}") from None
-        if missing:
-            raise UserError(f"{path}: no verdict: it has no {', '.join(sorted(missing))}")
-        found.append(document)
-    return found
+    return [read_verdict(path) for path in sorted(output.glob(f"*/*/{VERDICT_FILE}"))]
+
+
+def read_verdict(path: Path) -> dict[str, Any]:
+    """A verdict.json.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+        if document["format"] != _FORMAT:
+            raise UserError(f"{path} is of format {document['format']!r}; this norm-matters reads {_FORMAT}")
+        wrong = [name for name, kind in _ENTRIES.items() if not isinstance(document.get(name), kind)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: no verdict: {error}") from None
+    if wrong:
+        raise UserError(f"{path}: no verdict: it has no valid {', '.join(wrong)}")
+    return document
 
 
 def publish(plan: ExperimentPlan, target: Path) -> Path:

@@ -137,7 +137,7 @@ def equilibrium_angle(lr: float, decay: float, momentum: float, *, steps: int) -
     return math.fsum(angles) / len(angles), math.sqrt(2 * lr * decay / (1 + momentum))
 
 
-def _compute(scale: str) -> list[Table]:
+def _compute(scale: str, device: str) -> list[Table]:
     rows: list[dict[str, Any]] = []
 
     def add(name: str, error: float, **settings: Any) -> None:

@@ -1,8 +1,10 @@
 """Is L1 within 0.2 points of L2? A residual network on CIFAR-10, with as many seeds as a pilot asks for."""
 
-from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, verdict
+from norm_matters.experiments.claims.decide import compare, verdict
 from norm_matters.experiments.claims.recipe import Arm, Claim, Recipe, Scale
 from norm_matters.experiments.claims.sizes import CIFAR, SMOKE, SMOKE_ABOUT
+
+_WITHIN = ("equal", "worse but within the margin", "better but within the margin")
 
 RECIPE = Recipe(
     id="l1-l2",
@@ -12,9 +14,9 @@ RECIPE = Recipe(
             "Q-L1",
             "L1 is within 0.2 points of L2.",
             "",
-            "the 90% interval of l1 less l2 lies above -0.2; it fails where it lies below",
+            "the 90% interval of l1 less l2 lies inside -0.2 to 0.2; it fails where it lies outside",
             ("l1", "l2"),
-            lambda evidence: verdict("Q-L1", [compare(evidence, "l1", "l2")], holds=WITHIN, fails=WORSE),
+            lambda evidence: verdict("Q-L1", [compare(evidence, "l1", "l2")], holds=_WITHIN, fails=("worse", "better")),
         ),
     ),
     arms=(Arm("l2", "L2.", {"model.norm": "l2"}), Arm("l1", "L1.", {"model.norm": "l1"})),

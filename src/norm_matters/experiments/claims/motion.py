@@ -1,6 +1,7 @@
 """Effective learning rates and angles of every layer, by arm: from the instruments of an experiment's runs."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def motion_table(evidence: Evidence) -> Table:
     """
     rows = []
     for arm, runs in evidence.runs.items():
-        found = [each for run in runs.values() if run.rows and (each := _measurements(run.folder)) is not None]
+        found = [each for run in runs.values() if run.rows and (each := measurements_of(run.folder)) is not None]
         whole = [each for each in found if len(each.epochs) == evidence.epochs]
         if not whole:
             continue
@@ -57,7 +58,8 @@ def motion_table(evidence: Evidence) -> Table:
     )
 
 
-def _measurements(folder) -> Measurements | None:
+def measurements_of(folder: Path) -> Measurements | None:
+    """What the instruments of a run measured; None where there is nothing, or it is damaged."""
     try:
         return read_measurements(folder)
     except UserError:

@@ -31,12 +31,14 @@ def write_page(
     verdicts: Sequence[Verdict],
     provenance: Mapping[str, Any],
     failed: Mapping[str, str],
+    power: str = "",
 ) -> Path:
     """Write the page of an experiment.
 
     Args:
         provenance: of the verdicts.
         failed: runs that failed, and why.
+        power: how many seeds there are, and how many a pilot asks for; a sentence.
 
     Returns:
         the page.
@@ -59,7 +61,7 @@ def write_page(
             if table.rows
         ],
         differs=[text for text in (recipe.differs, size.about) if text],
-        setup=_setup(plan, evidence),
+        setup=_setup(plan, evidence, power),
         provenance=provenance,
         source=figures.source(),
         notes=[f"{name} failed: {error}" for name, error in failed.items()],
@@ -70,7 +72,7 @@ def write_page(
 
 
 def write_index(output: Path) -> Path:
-    """Write the index over all the verdicts below a folder, in the order of the recipes.
+    """Write the index over all the verdicts below a folder, in the order of the recipes, and what was not run.
 
     Raises:
         UserError: a verdict there cannot be read.
@@ -101,7 +103,8 @@ def write_index(output: Path) -> Path:
         }
         for each in found
     ]
-    write_index_page(output / INDEX_FILE, rows)
+    absent = {name: RECIPES.get(name).question for name in order if not any(name == row["experiment"] for row in rows)}
+    write_index_page(output / INDEX_FILE, rows, absent)
     return output / INDEX_FILE
 
 
@@ -143,13 +146,14 @@ def _arm_view(recipe: Recipe, scale: str, arm: Arm, evidence: Evidence) -> ArmVi
     )
 
 
-def _setup(plan: ExperimentPlan, evidence: Evidence) -> dict[str, str]:
+def _setup(plan: ExperimentPlan, evidence: Evidence, power: str) -> dict[str, str]:
     """What all arms share, in words."""
     recipe, size = plan.recipe, plan.size
     facts: dict[str, Any] = {}
     if recipe.arms:
         facts = {"data.name": size.dataset, **size.config, **plan.given}
         facts["seeds"] = ", ".join(map(str, plan.seeds))
+        facts["power"] = power
         facts["metric"] = "mean test accuracy over the last quarter of the epochs"
         facts["margin"] = f"{recipe.margin:g} points"
         facts["diverged"] = (

@@ -21,7 +21,7 @@ from norm_matters.experiments.claims.evidence import (
 from norm_matters.experiments.claims.phases import PhaseProduct, phase_products
 from norm_matters.experiments.claims.planning import ExperimentPlan, Member, plan_experiment
 from norm_matters.experiments.claims.recipe import Evidence, Verdict
-from norm_matters.experiments.equivalence import seeds_for_power
+from norm_matters.experiments.equivalence import MOST_ASKED, seeds_for_power
 from norm_matters.experiments.executors import Placement, make_executor, parallel_runs
 from norm_matters.experiments.pace import Estimate, estimate
 from norm_matters.experiments.runner import OnChange, run_cells, runs_of
@@ -214,20 +214,23 @@ def perform(
         products = [each.product for each in products_of(plan.whole(), check_images(plan))]
 
     make_folder(plan.output)
-    tables = list(plan.recipe.compute(plan.scale)) if plan.recipe.compute else []
+    if publish_to is not None:
+        make_folder(publish_to)  # that it cannot be written must not be told hours later
+    device = str(plan.given.get("device", "auto"))
+    tables = list(plan.recipe.compute(plan.scale, device)) if plan.recipe.compute else []
 
-    def finish(failed: Mapping[str, str]) -> Result:
+    def finish(failed: Mapping[str, str], *, interrupted: bool = False) -> Result:
         whole = plan.whole()
         evidence = with_looks(gather(whole, tables, products))
         verdicts = judge(evidence)
         provenance = provenance_of(whole, command)
-        write_verdicts(whole, evidence, verdicts, provenance)
+        write_verdicts(whole, evidence, verdicts, provenance, seeds_sentence(plan) if plan.recipe.arms else "")
+        if publish_to is not None and not interrupted:
+            publish(plan, publish_to)
         from norm_matters.experiments.claims.pages import write_index, write_page
 
-        page = write_page(whole, evidence, verdicts, provenance, failed)
+        page = write_page(whole, evidence, verdicts, provenance, failed, seeds_sentence(plan))
         write_index(plan.output)
-        if publish_to is not None:
-            publish(plan, publish_to)
         return Result(verdicts, evidence, page, failed)
 
     failed: dict[str, str] = {}
@@ -237,7 +240,7 @@ def perform(
             if not failed:
                 failed |= _run(plan, plan.comparing(plan.chosen()), retries, on_change)
     except KeyboardInterrupt:
-        finish(failed)
+        finish(failed, interrupted=True)
         raise
     return finish(failed)
 
@@ -303,9 +306,15 @@ def seeds_sentence(plan: ExperimentPlan) -> str:
     if pilot is None:
         return f"{text}; no pilot has been run (--pilot), so the power is not known"
     return (
-        f"{text}; a pilot of {pilot.n} pairs has shown an SD of {pilot.sd:.2g} points, which asks for {pilot.seeds} "
-        f"seeds (80% power at half the margin of {recipe.margin:g})"
+        f"{text}; a pilot of {pilot.n} pairs has shown an SD of {pilot.sd:.2g} points, which asks for "
+        f"{wanted_seeds(pilot)} seeds (80% power at half the margin of {recipe.margin:g}); more than {MOST_SEEDS} "
+        "are run only where --seeds says so"
     )
+
+
+def wanted_seeds(pilot: Pilot) -> str:
+    """How many seeds a pilot asks for, in words."""
+    return str(pilot.seeds) if pilot.seeds < MOST_ASKED else f"{MOST_ASKED:,} or more"
 
 
 def _run(plan: ExperimentPlan, members: Sequence[Member], retries: int, on_change: OnChange | None) -> dict[str, str]:

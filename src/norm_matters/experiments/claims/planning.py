@@ -13,6 +13,7 @@ from norm_matters.experiments.cells import Cell
 from norm_matters.experiments.claims.recipe import Arm, Choice, Recipe, Scale, window_accuracy
 from norm_matters.experiments.executors import ON_THIS_MACHINE, Placement
 from norm_matters.experiments.standing import Standing, conflicts, find_standing
+from norm_matters.experiments.statistics import scipy_special
 
 RUNS = "runs"
 FIRST_OWN_SEED = 1000
@@ -216,8 +217,12 @@ def plan_experiment(
     """
     placement = placement or Placement()
     placement.check()
+    if recipe.arms or recipe.compute:
+        scipy_special()  # what decides in the end is looked for at the beginning
     if seeds is not None and seeds < 2:
         raise UserError(f"--seeds: value {seeds} is not valid; it takes a whole number from 2: one has no spread")
+    if arms and not recipe.arms:
+        raise UserError(f"--arms: {recipe.id} has none: it computes, and trains nothing")
     chosen = recipe.arms_at(scale, arms)
     count = seeds or recipe.scale(scale).seeds
     plan = ExperimentPlan(recipe, scale, chosen, range(count), output, dict(given or {}), placement)
@@ -255,4 +260,6 @@ def has_diverged(folder: Path) -> bool:
         lines = (folder / "log.txt").read_text(errors="replace").splitlines()
     except OSError:
         return False
-    return bool(lines) and DIVERGED in lines[-1]
+    # Where the page could not be written either, a warning stands behind it.
+    said = [line for line in lines if "warning: no report" not in line]
+    return bool(said) and DIVERGED in said[-1]

@@ -36,7 +36,8 @@ Word = Literal[
 ]
 """What a test or a claim comes to; the first five are about an arm beside its baseline."""
 
-END_STATES = ("done", "diverged")
+RunState = Literal["done", "diverged", "missing"]
+END_STATES: tuple[RunState, ...] = ("done", "diverged")
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class RunRecord:
     arm: str
     seed: int
     folder: Path
-    state: Literal["done", "diverged", "missing"]
+    state: RunState
     rows: Sequence[Mapping[str, Any]]
 
 
@@ -249,6 +250,11 @@ class Evidence:
         """The seeds whose runs diverged before their end, and have no accuracy."""
         return [seed for seed, diverged in self.diverged(arm).items() if diverged and seed not in self.accuracy(arm)]
 
+    def unfinished(self, arm: str) -> str:
+        """How many seeds of an arm have come to an end, in words; empty where all have."""
+        ended, planned = len(self.diverged(arm)), len(self.runs.get(arm, {}))
+        return f"{ended} of {planned} seeds of {arm}" if ended < planned else ""
+
     def ended(self, *arms: str) -> bool:
         """Whether two seeds or more of each of these arms have come to an end."""
         return all(len(self.diverged(arm)) > 1 for arm in arms)
@@ -285,6 +291,10 @@ class Claim:
         if missing := [arm for arm in self.arms if not evidence.ended(arm)]:
             return Verdict(self.id, "not run", None, f"Not run yet: {', '.join(missing)}.")
         verdict = self.decide(evidence)
+        if left := [told for arm in self.arms if (told := evidence.unfinished(arm))]:
+            # Seeds are fixed before the run: whoever looks earlier and stops when it pleases finds what pleases.
+            text = f"Provisional, {', '.join(left)}; so far {outcome(verdict.word, verdict.holds)}: {verdict.sentence}"
+            return Verdict(self.id, "undecided", None, text, verdict.findings)
         if recipe.equilibrium is None or not evidence.products or evidence.products[0] >= LEAST_PRODUCT:
             return verdict
         text = (
@@ -323,7 +333,7 @@ class Recipe:
         differs: what differs from the paper at every scale; sentences.
         paper_curves: arm -> curve of the paper.
         equilibrium: the arm whose weight decay must have time to act (see `LEAST_PRODUCT`); None: no matter here.
-        compute: from the scale's name to tables; for what is no run.
+        compute: from the scale's name and that of the device to tables; for what is no run.
         look: further tables, made from the runs' files.
     """
 
@@ -338,7 +348,7 @@ class Recipe:
     differs: str = ""
     paper_curves: Mapping[str, PaperCurve] = field(default_factory=dict)
     equilibrium: str | None = None
-    compute: Callable[[str], Sequence[Table]] | None = None
+    compute: Callable[[str, str], Sequence[Table]] | None = None
     look: Callable[[Evidence], Sequence[Table]] | None = None
 
     def __post_init__(self) -> None:
