@@ -51,6 +51,7 @@ A sign that turns round needs both one-sided tests at 5% (an
 intersection-union test); a share of a gap has Fieller's interval; divergence is told by Fisher's exact test, of eight
 runs or more of each arm. Margins,
 seeds, choices and what counts as diverged are fixed in the recipe before the run; nothing is chosen by the test images.
+While runs of an arm are left, whatever has been found is provisional, and the claim undecided.
 """
 
 
