@@ -1,6 +1,7 @@
 """What reaches the plots: gaps where values are not finite, dots where a line would not be seen, data never as code."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,11 @@ def test_few_points_have_dots_and_of_many_only_the_lonely_ones() -> None:
 def test_orders_of_magnitude_have_a_logarithmic_axis(values: list[float], log: bool) -> None:
     elements, _ = draw([a_panel(values)])
     assert ("(logarithmic)" in elements[0]) == log
+
+
+def test_a_linear_panel_stays_linear() -> None:
+    elements, _ = draw([replace(a_panel([0.1, 90.0]), linear=True)])
+    assert "(logarithmic)" not in elements[0]
 
 
 def test_only_finite_values_are_drawable() -> None:

@@ -57,6 +57,7 @@ class TestView:
     """A test: a row of the table.
 
     Attributes:
+        claim: those that look at it.
         what, name, n, estimate, low, high, unit, word, note: see `experiments.claims.recipe.Finding`.
         p: p values, in words.
         margin: of a comparison; None for any other test.
@@ -319,7 +320,10 @@ def _panels(arms: Sequence[ArmView], series: Sequence[Series]) -> list[Panel]:
     groups, own = [group for group, _ in shown], [item for _, item in shown]
     errors = group_panel("val_error1", groups, own)
     accuracy = [_as_accuracy(curve) for curve in errors.curves]
-    panels = [Panel("Test accuracy (%)", accuracy), *(group_panel(metric, groups, own) for metric in _FURTHER)]
+    panels = [
+        Panel("Test accuracy (%)", accuracy, linear=True),
+        *(group_panel(metric, groups, own) for metric in _FURTHER),
+    ]
     return [panel for panel in panels if drawable(panel)]
 
 
@@ -350,7 +354,7 @@ def _paper_panel(arms: Sequence[ArmView], series: Sequence[Series]) -> list[_Pap
         for arm, item in zip(arms, series, strict=True)
         if arm.paper is not None
     ]
-    return [_PaperPanel(Panel("The paper's figure: accuracy (%)", curves))] if curves else []
+    return [_PaperPanel(Panel("The paper's figure: accuracy (%)", curves, linear=True))] if curves else []
 
 
 def _curves(view: ExperimentView, series: Sequence[Series], elements: Sequence[Html]) -> Html:

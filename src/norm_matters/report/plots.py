@@ -109,10 +109,11 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: a title of ours, and its lines."""
+    """One plot: a title of ours, and its lines; linear: on no logarithmic axis, whatever they span."""
 
     title: str
     curves: Sequence[Curve]
+    linear: bool = False
 
     @property
     def last_epoch(self) -> int:
@@ -177,7 +178,7 @@ def value_text(value: float) -> str:
 
 def _is_log(panel: Panel) -> bool:
     """Whether the values are all positive and span orders of magnitude (learning rates, a loss that explodes)."""
-    return spans_magnitudes(np.concatenate([curve.values for curve in panel.curves]))
+    return not panel.linear and spans_magnitudes(np.concatenate([curve.values for curve in panel.curves]))
 
 
 def spans_magnitudes(values: np.ndarray) -> bool:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,16 @@ def test_the_index_links_every_page(plan: ExperimentPlan) -> None:
     assert 'href="example-smoke.html"' in text
     assert "seeds: 0, 1, 2" in text
     assert HOSTILE not in text
+
+
+def test_a_test_that_two_claims_look_at_is_one_row(plan: ExperimentPlan) -> None:
+    found = room.gather(plan)
+    claims = tuple(replace(plan.recipe.claims[0], id=name) for name in ("X-1", "X-2"))
+    twice = replace(plan, recipe=replace(plan.recipe, claims=claims))
+    verdicts = [replace(room.judge(found)[0], claim=name) for name in ("X-1", "X-2")]
+    text = write_page(twice, found, verdicts, {}, {}).read_text()
+    assert text.count(">X-1, X-2</t") == 1
+    assert ">X-1</t" not in text
 
 
 def test_an_empty_folder_has_an_index_that_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,15 @@ def write_page(
     """
     recipe, size = plan.recipe, plan.size
     arms = [_arm_view(recipe, plan.scale, arm, evidence) for arm in plan.arms]
-    tests = [_test_view(verdict.claim, found) for verdict in verdicts for found in verdict.findings]
+    claims: dict[TestView, list[str]] = {}  # several may look at the same test
+    for verdict in verdicts:
+        for found in verdict.findings:
+            claims.setdefault(_test_view(found), []).append(verdict.claim)
     view = ExperimentView(
         title=f"{recipe.id}, {plan.scale} scale",
         question=recipe.question,
         claims=[_claim_view(claim, verdict) for claim, verdict in zip(recipe.claims, verdicts, strict=True)],
-        tests=list(dict.fromkeys(tests)),
+        tests=[replace(test, claim=", ".join(dict.fromkeys(ids))) for test, ids in claims.items()],
         arms=arms,
         tables=[
             TableView(table.title, table.note, table.rows, table.curves)
@@ -113,10 +117,10 @@ def _claim_view(claim: Claim, verdict: Verdict) -> ClaimView:
     return ClaimView(claim.id, claim.statement, claim.paper, claim.rule, word, verdict.sentence, verdict.holds)
 
 
-def _test_view(claim: str, found: Finding) -> TestView:
+def _test_view(found: Finding) -> TestView:
     p = ", ".join(f"{name} {value:.2g}" for name, value in found.p.items() if value == value)
     return TestView(
-        claim,
+        "",
         found.what,
         found.test,
         found.n,
