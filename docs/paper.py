@@ -12,11 +12,7 @@ from typing import Any
 
 from norm_matters.experiments.claims import RECIPES
 from norm_matters.experiments.claims.evidence import RUNS_FILE, judge_again, read_evidence, read_verdicts
-from norm_matters.experiments.claims.recipe import (
-    SCALES,
-    Recipe,
-    outcome,
-)
+from norm_matters.experiments.claims.recipe import SCALES, Recipe, outcome
 from norm_matters.experiments.statistics import mean_interval
 
 ROOT = Path(__file__).resolve().parents[1]
