@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from norm_matters.engine.compiled import Forward, compiled_forward
 from norm_matters.engine.tensors import lay_out, spoils_memory
@@ -74,6 +75,14 @@ def test_however_it_is_called_laid_out_or_made() -> None:
     assert ours is not None
     assert expected is not None
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_to_ask_changes_nothing() -> None:
+    """Spectral norm takes a step of its power iteration wherever its weight is looked at in training."""
+    module = spectral_norm(narrow(2)).train()
+    before = copy.deepcopy(module.state_dict())
+    assert spoils_memory(module)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def spoils_memory(module: nn.Module) -> bool:
     """
     return (
         isinstance(module, nn.Conv2d)
-        and module.weight.device.type == "cpu"
+        and all(tensor.device.type == "cpu" for tensor in (*module.parameters(), *module.buffers()))
         and module.kernel_size == (1, 1)
         and module.stride != (1, 1)
         and module.in_channels // module.groups < _SAFE_CHANNELS
