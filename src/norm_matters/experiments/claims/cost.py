@@ -131,7 +131,7 @@ RECIPE = Recipe(
     compute=_compute,
     scales={
         "smoke": Scale({}, 0, "", "Smoke scale: one small shape, five rounds; its verdicts mean nothing."),
-        "small": Scale({}, 0, "", "Small scale: four shapes, fifteen rounds: two minutes."),
+        "small": Scale({}, 0, "", "Small scale: four shapes, fifteen rounds: some seconds."),
         "paper": Scale({}, 0, "", "Paper scale: shapes of ResNet-18 and 50 at batch 256, on a GPU if there is one."),
     },
 )
