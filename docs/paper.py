@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from norm_matters.experiments.claims import RECIPES
-from norm_matters.experiments.claims.evidence import RUNS_FILE, judge_again, read_evidence, read_verdicts
+from norm_matters.experiments.claims.evidence import RUNS_FILE, read_verdicts
+from norm_matters.experiments.claims.published import judge_again, read_evidence
 from norm_matters.experiments.claims.recipe import SCALES, Recipe, outcome
 from norm_matters.experiments.statistics import mean_interval
 
@@ -36,7 +37,8 @@ norm-matters reproduce all --scale smoke                   # everything once, in
 The time is estimated and printed first; the same command again goes on where it was cut off. `--output DIR`
 (`reproduced`) receives the run folders, a `verdict.json` for each claim, a page for each experiment and `index.html`.
 `--pilot` trains three seeds of two arms and says how many seeds are needed for 80% power at half the margin.
-`--publish results/claims` copies verdicts and tables, without the runs.
+`--publish results/claims` copies verdicts and tables, without the runs; runs of other machines that were published
+there before count as well, so that an experiment can be made arm by arm.
 
 **How a claim is decided.** Arms are paired by seed: the same initial weights, order of images and augmentation. The
 metric is the mean test accuracy over the last quarter of the epochs. One verdict comes from one interval, that of the
@@ -218,18 +220,26 @@ def _ran(recipe: Recipe, scale: str, found: Mapping[tuple[str, str, str], Mappin
     )
     folder = f"results/claims/{recipe.id}-{scale}"
     provenance = verdict["provenance"]
-    kinds = [f"{kind['runs']} runs {_origin(kind)}" for kind in provenance.get("runs", [])]
-    origin = "; ".join(kinds) or _origin(provenance)
+    kinds = provenance.get("runs", [])
+    arms = [_arms_of(kind) if len(kinds) > 1 else "" for kind in kinds]
+    origins = [f"{kind['runs']} runs{own} {_origin(kind)}" for kind, own in zip(kinds, arms, strict=True)]
+    origin = "; ".join(origins) or _origin(provenance)
     power = verdict.get("power", "")
     lines = [
         f"{recipe.scale(scale).about}{f' Here {power}.' if power else ''} Numbers: [{folder}](../{folder}), {origin}. "
         "Made by",
         "",
         "```bash",
-        shlex.join(provenance["command"]),
+        *map(shlex.join, (*provenance.get("earlier_commands", ()), provenance["command"])),
         "```",
     ]
     return "\n".join(lines)
+
+
+def _arms_of(kind: Mapping[str, Any]) -> str:
+    """The arms of a kind of runs, in words; empty where they are not told."""
+    arms = dict.fromkeys(name.rpartition("-s")[0] for name in kind.get("names", ()))
+    return f" of {', '.join(arms)}" if arms else ""
 
 
 def _origin(kind: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ import pytest
 import norm_matters as nm
 from norm_matters.cli import main
 from norm_matters.experiments.claims import RECIPES
-from norm_matters.experiments.claims.evidence import judge_again
+from norm_matters.experiments.claims.planning import plan_experiment
+from norm_matters.experiments.claims.published import judge_again
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--scale", "smoke", "--seeds", "2", "--device", "cpu"]
@@ -113,6 +114,29 @@ def test_an_experiment_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     result = nm.reproduce("l1-l2", scale="smoke", seeds=2, output=tmp_path / "out", device="cpu")
     assert result.verdicts[0].sentence == verdict["sentence"]
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/results.csv")} == before
+
+
+def test_published_runs_count_and_those_of_other_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "results" / "l1-l2-smoke"
+    folder.mkdir(parents=True)
+    lines = [f"l1,{seed},done,{epoch + 1},10" for seed in (0, 1) for epoch in range(2)]
+    (folder / "runs.csv").write_text("\n".join(["arm,seed,state,epoch,val_error1", *lines]) + "\n")
+    own = plan_experiment(RECIPES.get("l1-l2"), "smoke", output=tmp_path).settings_of(RECIPES.get("l1-l2").arm("l1"))
+    (folder / "setup.json").write_text(json.dumps({"arms": {"l1": {**own, "model.name": "vgg11"}}}))
+    command = ["reproduce", "l1-l2", *TINY, "--arms", "l2", "--publish", str(tmp_path / "results")]
+    for option in ([], ["--dry-run"]):
+        assert main([*command, "--output", str(tmp_path / "out"), *option]) == 2
+        (line,) = errors(capsys)
+        assert "setup.json: l1 was run with model.name=vgg11, and is now run with model.name=resnet8" in line
+    assert not (tmp_path / "out").exists()
+    (folder / "setup.json").write_text(json.dumps({"arms": {"l1": own}}))
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "with 2 runs that were published before: l1-s0, l1-s1" in text
+    assert "2 runs, 2 to train" in text
+    assert json.loads((folder / "Q-L1" / "verdict.json").read_text())["seeds"] == [0, 1]
 
 
 @pytest.mark.slow

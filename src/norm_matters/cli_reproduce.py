@@ -62,7 +62,8 @@ def reproduce(
         "reproduced"
     ),
     publish: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="copy verdicts and tables there, without the runs")
+        Path | None,
+        typer.Option(metavar="DIR", help="copy verdicts and tables there, without the runs; adds to what lies there"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -74,6 +75,7 @@ def reproduce(
         _list(as_json=as_json)
         return
     from norm_matters.experiments.claims import performing
+    from norm_matters.experiments.claims.published import read_published
     from norm_matters.experiments.executors import Placement
 
     placement = Placement(
@@ -93,9 +95,11 @@ def reproduce(
     if pilot:
         plans = [performing.pilot_of(plan) for plan in plans if plan.recipe.arms or experiment != "all"]
     for plan in plans:
-        # Of all at once: that the images of the last are missing must not be told hours later.
+        # Of all at once: what is wrong with the last must not be told hours later.
         if plan.recipe.arms:
             performing.check_images(plan)
+        if publish is not None and not pilot:
+            read_published(plan, publish)
     told: list[dict[str, Any]] = []
     failed = False
     for plan in plans:
@@ -257,6 +261,8 @@ def _show_result(result: "Result") -> None:
 
     for verdict in result.verdicts:
         say(f"{verdict.claim}: {outcome(verdict.word, verdict.holds)}. {verdict.sentence}")
+    if result.kept:
+        say(f"with {len(result.kept)} runs that were published before: {', '.join(result.kept)}")
     for name, error in result.failed.items():
         say(f"failed: {name}: {error}", sys.stderr)
     say(f"page {result.page}")

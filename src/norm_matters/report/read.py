@@ -3,7 +3,7 @@
 import json
 import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,12 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(folder, dict(flatten(config)), _read_provenance(folder / "provenance.json"), _read_results(folder))
 
 
+def columns_of(rows: Sequence[Mapping[str, int | float | None]]) -> dict[str, np.ndarray]:
+    """The columns of `RunFiles.results`, from the rows of a table; columns that a row lacks are NaN."""
+    columns = {column: np.array([_number(row.get(column)) for row in rows], float) for column in METRICS}
+    return {"epoch": np.array([row["epoch"] for row in rows], int), **columns}
+
+
 def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) for every leaf of nested mappings and lists of mappings; other lists are leaves."""
     if isinstance(value, dict) and value:
@@ -138,8 +144,7 @@ def _read_results(folder: Path) -> dict[str, np.ndarray]:
     epochs = [epoch for row in rows if isinstance(epoch := row.get("epoch"), int) and 0 < epoch < _MAX_EPOCH]
     if len(epochs) < len(rows) or epochs != sorted(set(epochs)):
         raise UserError(f"{path}: damaged: the column 'epoch' does not count up from 1")
-    columns = {column: np.array([_number(row.get(column)) for row in rows], float) for column in METRICS}
-    return {"epoch": np.array(epochs, int), **columns}
+    return columns_of(rows)
 
 
 def _number(value: float | None) -> float:

@@ -1,4 +1,4 @@
-"""What an experiment leaves: verdicts, tables, pages, what is published; and hostile or damaged files."""
+"""What an experiment leaves: verdicts, tables, pages; and hostile or damaged files."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from norm_matters.core.errors import StorageError, UserError
+from norm_matters.core.errors import UserError
 from norm_matters.experiments.claims import evidence as room
 from norm_matters.experiments.claims import figures
 from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, verdict
@@ -118,15 +118,6 @@ def test_numbers_that_json_has_not(plan: ExperimentPlan) -> None:
     assert document["provenance"] == {"a": None, "b": ["inf"]}
 
 
-def test_only_verdicts_and_tables_are_published(plan: ExperimentPlan, tmp_path: Path) -> None:
-    written(plan, tables=[Table("numbers", "Numbers", [{"a": 1, "b": 2.5}])])
-    (plan.folder / "other.txt").write_text("x")
-    folder = room.publish(plan, tmp_path / "results")
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert names == ["X-1/verdict.json", "numbers.csv", "runs.csv"]
-    assert (folder / "numbers.csv").read_text() == "a,b\n1,2.5\n"
-
-
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 1}', "[" * 100_000])
 def test_a_damaged_verdict_is_named(content: str, plan: ExperimentPlan) -> None:
     written(plan)
@@ -157,39 +148,6 @@ def test_a_verdict_with_an_entry_of_another_kind_is_named(entry: str, plan: Expe
     file.write_text(json.dumps({**document, entry: 3}))
     with pytest.raises(UserError, match=f"{file}: no verdict: it has no valid {entry}"):
         write_index(plan.output)
-
-
-def test_what_was_published_is_judged_as_the_runs_were(plan: ExperimentPlan, make_run: Callable[..., Path]) -> None:
-    other = plan_experiment(plan.recipe, "smoke", output=plan.output, seeds=4)
-    for member in other.comparing():
-        if member.seed == 3:  # both have stopped, one of them in its first epoch
-            folder = make_run(other.runs, member.cell, [20.0] if member.arm == "l1" else [])
-            (folder / "log.txt").write_text("x stopped: NumericalError: the loss is not finite")
-    document = written(other)
-    assert "1 of 4 runs of l1 and 1 of 4 runs of l2 stopped" in document["sentence"]
-    found = room.read_evidence(plan.recipe, "smoke", other.folder)
-    assert found.diverged("l2") == {0: False, 1: False, 2: False, 3: True}
-    path = other.folder / "X-1" / "verdict.json"
-    path.write_text(json.dumps({**document, "sentence": "in other words", "statistics": []}))
-    room.judge_again(plan.recipe, "smoke", other.folder)
-    assert json.loads(path.read_text()) == document
-    path.write_text(json.dumps({**document, "sentence": "in other words", "rule": "another"}))
-    room.judge_again(plan.recipe, "smoke", other.folder)
-    assert json.loads(path.read_text())["sentence"] == "in other words"
-
-
-@pytest.mark.parametrize("content", ["", "arm,seed,state,epoch\nl3,0,done,1\n", "arm,seed,state,epoch\nl2,x,done,1\n"])
-def test_a_damaged_table_of_runs_is_named(content: str, tmp_path: Path) -> None:
-    (tmp_path / "runs.csv").write_text(content or "arm\nl2\n")
-    with pytest.raises(UserError, match=r"runs\.csv: no table of the runs of example, smoke scale"):
-        room.read_evidence(recipe(), "smoke", tmp_path)
-
-
-def test_where_nothing_can_be_published_nothing_is_trained(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file"):
-        perform(plan_experiment(recipe(), "smoke", output=tmp_path / "out"), publish_to=tmp_path / "file" / "results")
-    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_the_index_names_what_was_not_run(plan: ExperimentPlan) -> None:

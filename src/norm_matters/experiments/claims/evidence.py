@@ -1,6 +1,5 @@
-"""From run folders to evidence, and from evidence to the files that are kept: verdict.json, runs.csv, tables."""
+"""From run folders to evidence, and from evidence to the files that are kept: verdicts, setup, runs and tables."""
 
-import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +10,9 @@ from typing import Any
 from norm_matters.core.errors import UserError
 from norm_matters.experiments.claims.planning import ExperimentPlan, Member, has_diverged
 from norm_matters.experiments.claims.recipe import (
-    END_STATES,
     LAST_QUARTER,
     Evidence,
-    Recipe,
     RunRecord,
-    RunState,
     Table,
     Verdict,
     window_accuracy,
@@ -27,6 +23,10 @@ from norm_matters.record.files import make_folder, write_file
 
 VERDICT_FILE = "verdict.json"
 RUNS_FILE = "runs.csv"
+SETUP_FILE = "setup.json"
+"""The settings of every arm that has runs."""
+RUN_COLUMNS = ("epoch", "train_loss", "val_loss", "train_error1", "val_error1", "lr", "seconds")
+"""What runs.csv tells of an epoch."""
 _FORMAT = 1
 _ENTRIES = {
     "experiment": str,
@@ -39,8 +39,6 @@ _ENTRIES = {
     "seeds": list,
 }
 """Of a verdict, with their types: what is read again."""
-_STATES: Mapping[str, RunState] = {state: state for state in (*END_STATES, "missing")}
-_COLUMNS = ("epoch", "train_loss", "val_loss", "train_error1", "val_error1", "lr", "seconds")
 
 
 def gather(plan: ExperimentPlan, tables: Iterable[Table] = (), products: Sequence[float] = ()) -> Evidence:
@@ -65,7 +63,7 @@ def with_looks(evidence: Evidence) -> Evidence:
     if look is None or not any(run.rows for runs in evidence.runs.values() for run in runs.values()):
         return evidence
     further = {table.name: table for table in look(evidence) if table.rows}
-    return Evidence(evidence.recipe, evidence.scale, evidence.runs, {**evidence.tables, **further}, evidence.products)
+    return replace(evidence, tables={**evidence.tables, **further})
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -80,7 +78,7 @@ def write_verdicts(
     provenance: Mapping[str, Any],
     power: str = "",
 ) -> None:
-    """Write `CLAIM/verdict.json` for each claim, runs.csv and the tables into the plan's folder.
+    """Write `CLAIM/verdict.json` for each claim, runs.csv, setup.json and the tables into the plan's folder.
 
     Args:
         power: how many seeds there are, and how many a pilot asks for; a sentence.
@@ -99,16 +97,18 @@ def write_verdicts(
             "statement": claim.statement,
             "paper": claim.paper,
             "rule": claim.rule,
-            **_findings_of(verdict),
+            **findings_of(verdict),
             "seeds": sorted(set.intersection(*seeds)) if seeds else [],
             "power": power,
             "scale": plan.scale,
             "provenance": provenance,
         }
         make_folder(plan.folder / claim.id)
-        _write_verdict(plan.folder / claim.id / VERDICT_FILE, document)
+        write_verdict(plan.folder / claim.id / VERDICT_FILE, document)
     if rows := run_rows(evidence):
         write_file(plan.folder / RUNS_FILE, table_csv(rows))
+        arms = {arm.name: plan.settings_of(arm) for arm in plan.arms if evidence.diverged(arm.name)}
+        write_file(plan.folder / SETUP_FILE, json.dumps({"format": _FORMAT, "arms": plain(arms)}, indent=1) + "\n")
     for table in evidence.tables.values():
         write_file(plan.folder / f"{table.name}.csv", table_csv(table.rows))
 
@@ -116,51 +116,14 @@ def write_verdicts(
 def run_rows(evidence: Evidence) -> list[dict[str, Any]]:
     """The rows of runs.csv: every epoch of every run; one without numbers for a run that stopped in its first."""
     return [
-        {"arm": arm, "seed": seed, "state": run.state, **{column: row.get(column) for column in _COLUMNS}}
+        {"arm": arm, "seed": seed, "state": run.state, **{column: row.get(column) for column in RUN_COLUMNS}}
         for arm, runs in evidence.runs.items()
         for seed, run in runs.items()
         for row in run.rows or ([{}] if run.state == "diverged" else [])
     ]
 
 
-def read_evidence(recipe: Recipe, scale: str, folder: Path) -> Evidence:
-    """The evidence that a published runs.csv holds: what was trained, without the run folders.
-
-    Raises:
-        UserError: the table is none of these.
-    """
-    path = folder / RUNS_FILE
-    runs: dict[str, dict[int, RunRecord]] = {arm.name: {} for arm in recipe.arms_at(scale)}
-    try:
-        with path.open(newline="") as stream:
-            for row in csv.DictReader(stream):
-                arm, seed = row["arm"], int(row["seed"])
-                state: RunState = _STATES[row["state"]]
-                run = runs[arm].setdefault(seed, RunRecord(arm, seed, folder, state, []))
-                if row["epoch"]:
-                    numbers = {name: float(row[name]) for name in _COLUMNS if row.get(name)}
-                    runs[arm][seed] = replace(run, rows=[*run.rows, numbers])
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise UserError(f"{path}: no table of the runs of {recipe.id}, {scale} scale: {error!r}") from None
-    return Evidence(recipe, scale, runs)
-
-
-def judge_again(recipe: Recipe, scale: str, folder: Path) -> None:
-    """Put published verdicts into today's words, from their runs.csv; claims that had another rule stay as they are.
-
-    Raises:
-        UserError: a file is damaged.
-        StorageError: it cannot be written.
-    """
-    verdicts = {verdict.claim: verdict for verdict in judge(read_evidence(recipe, scale, folder))}
-    for claim in recipe.claims:
-        path = folder / claim.id / VERDICT_FILE
-        document = read_verdict(path)
-        if document.get("rule") == claim.rule:
-            _write_verdict(path, {**document, **_findings_of(verdicts[claim.id])})
-
-
-def _findings_of(verdict: Verdict) -> dict[str, Any]:
+def findings_of(verdict: Verdict) -> dict[str, Any]:
     """The entries of a verdict.json that the runs decide."""
     return {
         "verdict": verdict.word,
@@ -170,12 +133,13 @@ def _findings_of(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _write_verdict(path: Path, document: Mapping[str, Any]) -> None:
-    write_file(path, json.dumps(_plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_verdict(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a verdict.json."""
+    write_file(path, json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def provenance_of(plan: ExperimentPlan, command: Sequence[str]) -> dict[str, Any]:
-    """What the verdicts depend on: this package and machine, and those of the runs, each kind once."""
+    """What the verdicts depend on: this package and machine, and those of the runs, each kind once with their names."""
     from norm_matters.record.provenance import collect_provenance
 
     facts = collect_provenance(command)
@@ -183,8 +147,9 @@ def provenance_of(plan: ExperimentPlan, command: Sequence[str]) -> dict[str, Any
     for member in plan.comparing(plan.chosen()):
         kind = _kind_of(plan.runs / member.cell.name)
         if kind is not None:
-            counted = kinds.setdefault(json.dumps(kind, sort_keys=True), {"runs": 0, **kind})
+            counted = kinds.setdefault(json.dumps(kind, sort_keys=True), {"runs": 0, "names": [], **kind})
             counted["runs"] += 1
+            counted["names"].append(member.cell.name)
     keys = ("command", "started", "package", "versions", "machine")
     return {**{key: facts.get(key) for key in keys}, "runs": list(kinds.values())}
 
@@ -214,21 +179,6 @@ def read_verdict(path: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{path}: no verdict: it has no valid {', '.join(wrong)}")
     return document
-
-
-def publish(plan: ExperimentPlan, target: Path) -> Path:
-    """Copy the verdicts and tables of an experiment, without the runs, to a folder such as `results/claims`.
-
-    Returns:
-        the folder that holds them now.
-    """
-    folder = target / plan.name
-    make_folder(folder)
-    for path in sorted(plan.folder.rglob("*")):
-        if path.suffix in (".csv", ".json") and path.is_file():
-            make_folder((folder / path.relative_to(plan.folder)).parent)
-            write_file(folder / path.relative_to(plan.folder), path.read_bytes())
-    return folder
 
 
 def _record_of(plan: ExperimentPlan, member: Member) -> RunRecord:
@@ -279,12 +229,12 @@ def _kind_of(folder: Path) -> dict[str, Any] | None:
     return {key: facts.get(key) for key in ("package", "versions", "machine")}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value without numbers that JSON has not: NaN is null, infinity a text."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

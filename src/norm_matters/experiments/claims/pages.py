@@ -21,7 +21,7 @@ from norm_matters.report.experiment import (
     write_index_page,
 )
 from norm_matters.report.groups import Group
-from norm_matters.report.read import read_run
+from norm_matters.report.read import RunFiles, columns_of
 
 INDEX_FILE = "index.html"
 
@@ -138,7 +138,8 @@ def _test_view(found: Finding) -> TestView:
 def _arm_view(recipe: Recipe, scale: str, arm: Arm, evidence: Evidence) -> ArmView:
     runs = list(evidence.runs.get(arm.name, {}).values())
     count = Counter(run.state for run in runs)
-    shown = [read_run(run.folder) for run in runs if run.rows]
+    # From their rows: the folders of runs that were published elsewhere are gone.
+    shown = [RunFiles(run.folder, {"seed": run.seed}, {}, columns_of(run.rows)) for run in runs if run.rows]
     curve = recipe.paper_curves.get(arm.name)
     return ArmView(
         arm.name,

@@ -14,12 +14,17 @@ from norm_matters.experiments.claims.evidence import (
     gather,
     judge,
     provenance_of,
-    publish,
-    with_looks,
     write_verdicts,
 )
 from norm_matters.experiments.claims.phases import PhaseProduct, phase_products
 from norm_matters.experiments.claims.planning import ExperimentPlan, Member, plan_experiment
+from norm_matters.experiments.claims.published import (
+    joined,
+    joined_provenance,
+    kept_runs,
+    publish,
+    read_published,
+)
 from norm_matters.experiments.claims.recipe import Evidence, Verdict
 from norm_matters.experiments.equivalence import MOST_ASKED, seeds_for_power
 from norm_matters.experiments.executors import Placement, make_executor, parallel_runs
@@ -60,12 +65,14 @@ class Result:
         evidence: what they were made from.
         page: the HTML page.
         failed: runs that failed, and why; those that diverged are no failures.
+        kept: the names of runs that are not here, but were published before.
     """
 
     verdicts: Sequence[Verdict]
     evidence: Evidence
     page: Path
     failed: Mapping[str, str] = field(default_factory=dict)
+    kept: Sequence[str] = ()
 
 
 def reproduce(
@@ -204,15 +211,18 @@ def perform(
     """Run what is left of a plan, and write verdicts, tables and pages; also, with what is there, when interrupted.
 
     Args:
-        publish_to: folder to copy verdicts and tables to.
+        publish_to: folder to copy verdicts and tables to; runs that were published there before, of the same settings,
+            are part of the evidence.
 
     Raises:
+        UserError: what was published there is damaged, or had other settings; then nothing has been run.
         KeyboardInterrupt: after the runs have ended, and everything has been written.
     """
     products: list[float] = []
     if plan.recipe.arms:
         products = [each.product for each in products_of(plan.whole(), check_images(plan))]
 
+    published = None if publish_to is None else read_published(plan, publish_to)
     make_folder(plan.output)
     if publish_to is not None:
         make_folder(publish_to)  # that it cannot be written must not be told hours later
@@ -221,9 +231,12 @@ def perform(
 
     def finish(failed: Mapping[str, str], *, interrupted: bool = False) -> Result:
         whole = plan.whole()
-        evidence = with_looks(gather(whole, tables, products))
+        evidence = joined(gather(whole, tables, products), published)
         verdicts = judge(evidence)
         provenance = provenance_of(whole, command)
+        kept = [] if published is None else kept_runs(evidence, published)
+        if published is not None and kept:
+            provenance = joined_provenance(provenance, published, kept)
         write_verdicts(whole, evidence, verdicts, provenance, seeds_sentence(plan) if plan.recipe.arms else "")
         if publish_to is not None and not interrupted:
             publish(plan, publish_to)
@@ -231,7 +244,7 @@ def perform(
 
         page = write_page(whole, evidence, verdicts, provenance, failed, seeds_sentence(plan))
         write_index(plan.output)
-        return Result(verdicts, evidence, page, failed)
+        return Result(verdicts, evidence, page, failed, kept)
 
     failed: dict[str, str] = {}
     try:

@@ -85,6 +85,10 @@ class ExperimentPlan:
         """The scale itself."""
         return self.recipe.scale(self.scale)
 
+    def settings_of(self, arm: Arm) -> dict[str, Any]:
+        """Dotted key -> value: all that its runs share, but for what is chosen and the folders of other arms."""
+        return {**self.size.config, "data.name": self.size.dataset, **arm.settings(self.scale), **self.given}
+
     def whole(self) -> "ExperimentPlan":
         """The same with all arms and seeds: verdicts are about whatever has been run, in this sitting or before."""
         arms = self.recipe.arms_at(self.scale)
@@ -182,9 +186,7 @@ class ExperimentPlan:
         """The run of an arm with a seed, its configuration complete."""
         folders = {other: str((self.runs / f"{other}-s{seed}").resolve()) for other in arm.after}
         settings = {
-            **self.size.config,
-            "data.name": self.size.dataset,
-            **with_folders(arm.settings(self.scale), folders),
+            **with_folders(self.settings_of(arm), folders),
             **further,
             **({"data.holdout": choice.holdout} if choice else {}),
             **self.given,
