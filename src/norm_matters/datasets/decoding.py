@@ -151,5 +151,10 @@ class Reader(MapDataset[Any]):
 
 
 def stop_if_asked(interruptible: bool) -> None:
+    """Raise StopRequestedError between two images where the run has been asked to stop.
+
+    Args:
+        interruptible: whether the caller can be stopped there.
+    """
     if interruptible and stopping.requested():
         raise stopping.StopRequestedError

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from norm_matters.core.errors import PreemptedError, UserError
+from norm_matters.core.errors import NumericalError, PreemptedError, UserError
 from norm_matters.experiments.cells import Cell
 from norm_matters.experiments.executors.base import Executor, Job, Task, thread_variables
 from norm_matters.experiments.locks import IN_USE
@@ -101,7 +101,7 @@ def run_cells(
         runs: changed in place; whatever ends this function, they tell how far each came.
         output: folder of the runs.
         threads: of each process.
-        retries: how often a run that failed is started again.
+        retries: how often a run that failed is started again; one that diverged is not.
         after: name of a run -> those of `runs` that must be done before it starts.
 
     Raises:
@@ -199,7 +199,9 @@ def _look_at_job(run: Run, output: Path, retries: int) -> bool:
         run.status, run.starts = "cut off", run.starts - 1
     else:
         run.error = _last_error(log_path(output, run.cell), exit_status)
-        run.status = "failed" if run.starts > retries else "cut off"
+        # Numbers that are not finite come again to the bit.
+        again = run.starts <= retries and exit_status != NumericalError.exit_status
+        run.status = "cut off" if again else "failed"
     return True
 
 
