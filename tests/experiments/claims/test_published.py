@@ -14,7 +14,7 @@ from norm_matters.experiments.claims.decide import WITHIN, WORSE, compare, verdi
 from norm_matters.experiments.claims.evidence import gather, judge, write_verdicts
 from norm_matters.experiments.claims.performing import Result, perform
 from norm_matters.experiments.claims.planning import ExperimentPlan, plan_experiment
-from norm_matters.experiments.claims.recipe import Arm, Claim, Evidence, Recipe, Scale, Table
+from norm_matters.experiments.claims.recipe import Arm, Choice, Claim, Evidence, Recipe, Scale, Table
 
 ERRORS = {"l2": [20.0, 21.0, 22.0], "l1": [20.1, 21.0, 21.9], "topk": [30.0, 31.0, 32.0]}
 
@@ -30,7 +30,7 @@ def _look(evidence: Evidence) -> list[Table]:
     return [Table("folders", "Folders", rows), Table("counts", "Counts", counts)]
 
 
-def recipe(**config: Any) -> Recipe:
+def recipe(choice: Choice | None = None, **config: Any) -> Recipe:
     def claim(name: str, arm: str) -> Claim:
         return Claim(
             name,
@@ -45,7 +45,7 @@ def recipe(**config: Any) -> Recipe:
         "example",
         "Is it so?",
         (claim("X-1", "l1"), claim("X-2", "topk")),
-        {"smoke": Scale({"train.epochs": 2, "device": "cpu", **config}, 3, "digits", "A small one.")},
+        {"smoke": Scale({"train.epochs": 2, "device": "cpu", **config}, 3, "digits", "A small one.", choice=choice)},
         tuple(Arm(name, "", {"model.norm": name}) for name in ERRORS),
         "l2",
         look=_look,
@@ -58,8 +58,9 @@ def sitting(tmp_path: Path, make_run: Callable[..., Path]) -> Callable[..., Expe
 
     def make(machine: str, arms: Sequence[str], more: float = 0.0, seeds: int = 3, **config: Any) -> ExperimentPlan:
         plan = plan_experiment(recipe(**config), "smoke", output=tmp_path / machine, arms=arms, seeds=seeds)
-        for member in plan.comparing():
-            folder = make_run(plan.runs, member.cell, [50.0, ERRORS[member.arm][member.seed] + more])
+        for member in [*plan.choosing(), *plan.comparing()]:
+            error = ERRORS[member.arm][member.seed] if member.candidate is None else 20.0
+            folder = make_run(plan.runs, member.cell, [50.0, error + more])
             facts = {"package": {"commit": machine}, "versions": {}, "machine": {}}
             (folder / "provenance.json").write_text(json.dumps(facts))
         return plan
@@ -172,6 +173,15 @@ def test_runs_made_again_take_the_place_of_the_published(sitting: Callable[..., 
         ("b", ["l1-s0", "l1-s1"]),
         ("a", ["l2-s0", "l2-s1", "l2-s2", "l1-s2"]),
     ]
+
+
+def test_an_arm_that_chose_again_is_not_mixed_with_the_published(
+    sitting: Callable[..., ExperimentPlan], target: Path
+) -> None:
+    choice = Choice("regime.lr", (0.1, 0.2))
+    published(sitting("a", ["l2", "l1"], choice=choice), target)
+    result = published(sitting("b", ["l1"], seeds=2, choice=choice), target)
+    assert result.kept == ["l2-s0", "l2-s1", "l2-s2"]
 
 
 def test_seeds_that_are_left_are_missing_also_of_published_arms(

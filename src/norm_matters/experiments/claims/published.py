@@ -88,10 +88,13 @@ def joined(evidence: Evidence, published: Published | None) -> Evidence:
     """The evidence with the runs that were published and are not here, and with its tables."""
     if published is None:
         return with_looks(evidence)
-    runs = {
-        arm: own | {seed: run for seed, run in _ended(published, arm).items() if not _has_ended(own.get(seed))}
-        for arm, own in ((arm, dict(own)) for arm, own in evidence.runs.items())
-    }
+    chooses = evidence.recipe.scale(evidence.scale).choice is not None
+    runs = {}
+    for arm, own in evidence.runs.items():
+        runs[arm] = dict(own)
+        # An arm that chose again may have chosen something else: its runs are not mixed.
+        if not (chooses and evidence.diverged(arm)):
+            runs[arm] |= {seed: run for seed, run in _ended(published, arm).items() if not _has_ended(own.get(seed))}
     found = with_looks(replace(evidence, runs=runs))
     return replace(found, tables={name: _joined_table(table, published) for name, table in found.tables.items()})
 
